@@ -1,0 +1,65 @@
+"""Errors and refusals: the only two ways in which onnxprune says no.
+
+An :class:`OnnxPruneError` stops the command and carries the exit code the shell sees. A :class:`Refusal` is a value: it says why one
+site is left as it is, and travels with the plan and the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+class OnnxPruneError(Exception):
+    """Base of every error a user can act on. ``exit_code`` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(OnnxPruneError):
+    """The model, the data or an option is wrong; nothing was run."""
+
+    exit_code = 2
+
+
+class TargetError(OnnxPruneError):
+    """No model of this graph reaches the target asked for."""
+
+    exit_code = 3
+
+
+class GateError(OnnxPruneError):
+    """The pruned model failed verification or lost more accuracy than allowed."""
+
+    exit_code = 4
+
+
+class NothingPrunable(OnnxPruneError):
+    """The graph has no site for the passes asked for."""
+
+    exit_code = 5
+
+
+class RuntimeUnavailable(OnnxPruneError):
+    """onnxruntime, or the execution provider asked for, is missing or did not start."""
+
+    exit_code = 6
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a site that looks prunable is left alone.
+
+    ``code`` is stable (``OP1xx`` heads, ``OP2xx`` FFN, ``OP3xx`` whole model); ``hint`` says what a user can do about it.
+    """
+
+    code: str
+    site: str
+    reason: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.site}: {self.reason}; {self.hint}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,152 @@
+"""Shapes as they really are: every tensor of a graph, seen in two small runs with unrelated sizes.
+
+Static shape inference loses dimensions on real exports (rank-3 detours around attention, TorchScript shape arithmetic). Two concrete runs
+do not: a dimension or an integer that is equal in both is a constant, one that differs is dynamic. Only shapes and small integer tensors
+leave the runtime, so a profile costs kilobytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnxprune.errors import InputError
+from onnxprune.graph.model import Model
+from onnxprune.graph.view import GraphView
+from onnxprune.runtime.session import open_session
+
+SMALL_INTEGERS = 64
+"""Integer tensors up to this many elements are recorded by value."""
+
+_SIZES = ((2, 7, 11, 13, 17, 19), (3, 5, 8, 10, 12, 14))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Two runs. ``shapes[i][tensor]`` is a tuple of ints; ``integers[i][tensor]`` the values of a small integer tensor."""
+
+    shapes: tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]
+    integers: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape in the first run; None for a tensor that was not seen."""
+        return self.shapes[0].get(name)
+
+    def dim(self, name: str, axis: int) -> int | None:
+        """Size of an axis if it is the same in both runs, else None."""
+        first, second = self.shapes[0].get(name), self.shapes[1].get(name)
+        if first is None or second is None or first[axis] != second[axis]:
+            return None
+        return first[axis]
+
+    def constant_elements(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """(values of the first run, mask of the elements equal in both) of a small integer tensor."""
+        first, second = self.integers[0].get(name), self.integers[1].get(name)
+        if first is None or second is None or first.shape != second.shape:
+            return None
+        return first, first == second
+
+
+def take_profile(model: Model, samples: Mapping[str, np.ndarray] | None = None) -> Profile:
+    """Profile a model at two sizes of its dynamic dimensions.
+
+    Args:
+        samples: real inputs (axis 0 = samples), used when made-up ones do not run.
+
+    Raises:
+        InputError: the graph cannot be run.
+    """
+    view = GraphView(model)
+    probe, watched = _probe(model, view)
+    session = open_session(probe, weights=model.weights, optimize=False)
+    runs = []
+    failure: Exception | None = None
+    for attempt in range(2):
+        feeds = synthetic_feeds(model, _SIZES[attempt])
+        try:
+            runs.append(_run(session, feeds, watched))
+        except Exception as error:  # any runtime failure on made-up inputs: fall back on real ones
+            failure = error
+    if not runs and samples is not None:
+        rows = min(2, min(len(array) for array in samples.values()))
+        runs.append(_run(session, {name: array[:rows] for name, array in samples.items() if name in model.input_names}, watched))
+    if not runs:
+        raise InputError(f"the model does not run on small made-up inputs ({str(failure).splitlines()[0]}); give calibration data with --calib")
+    first, second = runs[0], runs[-1]
+    return Profile((first[0], second[0]), (first[1], second[1]))
+
+
+def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int = 0) -> dict[str, np.ndarray]:
+    """Small valid inputs: symbolic dimensions get ``sizes`` in order of appearance (equal names, equal sizes)."""
+    rng = np.random.default_rng(seed)
+    symbols: dict[str, int] = {}
+    feeds: dict[str, np.ndarray] = {}
+    wanted = set(model.input_names)
+    for value in model.proto.graph.input:
+        if value.name not in wanted:
+            continue
+        tensor = value.type.tensor_type
+        shape = []
+        for position, dim in enumerate(tensor.shape.dim):
+            if dim.WhichOneof("value") == "dim_value":
+                shape.append(dim.dim_value)
+            else:
+                key = dim.dim_param or f"?{position}"
+                shape.append(symbols.setdefault(key, sizes[min(len(symbols), len(sizes) - 1)]))
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        feeds[value.name] = _fill_like(value.name, tuple(shape), dtype, rng)
+    return feeds
+
+
+def _fill_like(name: str, shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
+    if dtype == np.bool_:
+        return np.ones(shape, dtype)
+    if np.issubdtype(dtype, np.integer):
+        if "position" in name and shape:
+            return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+        # Zero is a valid row of every embedding; a mask of zeros would hide every token.
+        return np.ones(shape, dtype) if "mask" in name else np.zeros(shape, dtype)
+    if "mask" in name:
+        return np.ones(shape, dtype)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _probe(model: Model, view: GraphView) -> tuple[onnx.ModelProto, list[tuple[str, str, str | None]]]:
+    """A copy whose outputs are the shapes of all tensors and the values of integer ones."""
+    proto = model.copy_proto()
+    del proto.graph.output[:]
+    integers = _integer_tensors(model)
+    watched = []
+    names = [name for node in view.nodes for name in node.outputs if name] + list(model.input_names)
+    for index, name in enumerate(names):
+        shape_output = f"onnxprune.shape.{index}"
+        proto.graph.node.append(helper.make_node("Shape", [name], [shape_output], name=f"onnxprune.shape_of.{index}"))
+        proto.graph.output.append(helper.make_tensor_value_info(shape_output, TensorProto.INT64, [None]))
+        value_output = None
+        if name in integers and name not in model.input_names:
+            value_output = name
+            proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
+        watched.append((name, shape_output, value_output))
+    return proto, watched
+
+
+def _integer_tensors(model: Model) -> set[str]:
+    """Tensors that type inference says are int64."""
+    inferred = onnx.shape_inference.infer_shapes(model.proto)
+    return {
+        value.name
+        for value in (*inferred.graph.value_info, *inferred.graph.output)
+        if value.type.tensor_type.elem_type == TensorProto.INT64
+    }
+
+
+def _run(session, feeds, watched):  # type: ignore[no-untyped-def]
+    wanted = [output for _, shape, value in watched for output in (shape, value) if output]
+    results = dict(zip(wanted, session.run(wanted, feeds), strict=True))
+    shapes = {name: tuple(int(size) for size in results[shape]) for name, shape, _ in watched}
+    integers = {name: results[value] for name, _, value in watched if value and results[value].size <= SMALL_INTEGERS}
+    return shapes, integers
