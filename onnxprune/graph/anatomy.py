@@ -1,0 +1,303 @@
+"""Anatomy: from coupled groups to sites with the field's words.
+
+A ``heads`` site is a group whose units are batch axes of a product of two activations (scores, context), an ``ffn`` site one that lies
+between two weight matrices with a nonlinearity in between; both must end in a residual branch. What looks like a site and cannot be cut
+becomes a :class:`Refusal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from onnxprune.errors import Refusal
+from onnxprune.graph.axes import Blocked, Group, Leaf, Tracer
+from onnxprune.graph.axis_rules import NONLINEAR, Shapes, Tie, links
+from onnxprune.graph.model import Model
+from onnxprune.graph.profile import Profile
+from onnxprune.graph.view import GraphView, Node
+
+Kind = Literal["heads", "ffn"]
+_ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+_PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
+_FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """Where a site is read: activation ``tensor`` is contracted along ``axis`` with the constant of ``leaf``.
+
+    Masking ``tensor`` by ``labels`` is what pruning means. ``output`` is the product, before any bias.
+    """
+
+    leaf: Leaf
+    tensor: str
+    axis: int
+    labels: np.ndarray
+
+    @property
+    def output(self) -> str:
+        return self.leaf.node.outputs[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where units can be removed. ``order`` is its position in the graph; names are stable: ``layer.3.heads``."""
+
+    name: str
+    kind: Kind
+    units: int
+    group: Group
+    consumers: tuple[Consumer, ...]
+    order: int
+
+    @cached_property
+    def parameters_per_unit(self) -> float:
+        """Weights that leave with one unit, on average (units of one group have equal shares in every known model)."""
+        total = 0.0
+        for leaf in self.group.leaves:
+            shape = self._shape(leaf)
+            total += float(np.prod(shape)) * float((leaf.labels >= 0).sum()) / shape[leaf.axis]
+        return total / self.units
+
+    def _shape(self, leaf: Leaf) -> tuple[int, ...]:
+        return self.leaf_shapes[leaf.node.index, leaf.slot]
+
+    @cached_property
+    def leaf_shapes(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """Everything a later room may know about the structure of a model."""
+
+    model: Model
+    view: GraphView
+    profile: Profile
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+
+    def site(self, name: str) -> Site:
+        return next(site for site in self.sites if site.name == name)
+
+    def of_kind(self, kinds: Iterator[str] | tuple[str, ...] | list[str] | set[str] | frozenset[str]) -> tuple[Site, ...]:
+        wanted = set(kinds)
+        return tuple(site for site in self.sites if site.kind in wanted)
+
+
+def study(model: Model, profile: Profile) -> Anatomy:
+    """Find the sites of a canonical model."""
+    view = GraphView(model)
+    tracer = Tracer(view, profile)
+    found: list[tuple[Kind, Group, tuple[Consumer, ...]]] = []
+    refusals: list[Refusal] = []
+    seen: set[frozenset[tuple[int, int, int]]] = set()
+    for tensor, axis, node in _seeds(view, profile):
+        for result in tracer.trace(tensor, axis):
+            if isinstance(result, Blocked):
+                refusal = _refuse_blocked(view, node, tensor, result)
+                refusals += [refusal] if refusal else []
+                continue
+            kind = _kind(view, result)
+            if kind is None or result.key() in seen:
+                continue
+            seen.add(result.key())
+            consumers = _consumers(view, profile, result)
+            refusal = _refuse_group(view, kind, result, consumers, node)
+            if refusal is None:
+                found.append((kind, result, consumers))
+            else:
+                refusals.append(refusal)
+    sites = _named(view, found)
+    refusals += _uncovered_attention(view, tracer, sites, refusals)
+    return Anatomy(model, view, profile, sites, tuple(dict.fromkeys(refusals)))
+
+
+def _seeds(view: GraphView, profile: Profile) -> Iterator[tuple[str, int, Node]]:
+    """Activation axes that a constant matrix contracts, each once, in graph order."""
+    done: set[tuple[str, int]] = set()
+    for node in view.nodes:
+        if node.op not in ("MatMul", "Gemm", "Einsum") or node.domain:
+            continue
+        for tensor, axis, slot, _ in _contractions(view, profile, node):
+            if view.is_constant(node.inputs[slot]) and (tensor, axis) not in done:
+                done.add((tensor, axis))
+                yield tensor, axis, node
+
+
+def _contractions(view: GraphView, profile: Profile, node: Node) -> Iterator[tuple[str, int, int, int]]:
+    """(activation, its axis, operand slot of the other side, the other side's axis) for every contraction of a node."""
+    try:
+        found = links(node, Shapes(view, profile, node)) or ()
+    except LookupError:
+        return
+    for link in found:
+        if not (isinstance(link, Tie) and link.contracts):
+            continue
+        for (slot, axis), (other, other_axis) in (((link.a, link.axis_a), (link.b, link.axis_b)), ((link.b, link.axis_b), (link.a, link.axis_a))):
+            if not view.is_constant(node.inputs[slot]):
+                yield node.inputs[slot], axis, other, other_axis
+
+
+def _kind(view: GraphView, group: Group) -> Kind | None:
+    roles = {leaf.role for leaf in group.leaves}
+    if not {"produces", "consumes"} <= roles or group.units < 1:
+        return None
+    weighted = {leaf.node.index for leaf in group.leaves if leaf.role == "consumes"}
+    if any(node.index not in weighted for node in group.contracted):
+        return None  # a contraction of two activations: a query/key dimension, not a unit of its own
+    if group.batched:
+        return "heads"
+    touches_scores = any(node.op in _ATTENTION_OPS or _is_activation_product(view, node) for node in group.nodes)
+    nonlinear = any(node.op in NONLINEAR for node in group.nodes)
+    return "ffn" if nonlinear and not touches_scores else None
+
+
+def _is_activation_product(view: GraphView, node: Node) -> bool:
+    return node.op == "MatMul" and not any(view.is_constant(name) for name in node.inputs)
+
+
+def _consumers(view: GraphView, profile: Profile, group: Group) -> tuple[Consumer, ...]:
+    result = []
+    for leaf in group.leaves:
+        if leaf.role != "consumes":
+            continue
+        for tensor, axis, slot, other_axis in _contractions(view, profile, leaf.node):
+            if (slot, other_axis) == (leaf.slot, leaf.axis):
+                result.append(Consumer(leaf, tensor, axis, group.places[tensor, axis]))
+    return tuple(result)
+
+
+def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]]) -> tuple[Site, ...]:
+    """Number the layers in graph order: an attention opens a layer unless the running one has none yet."""
+    ordered = sorted(found, key=lambda item: min(consumer.leaf.node.index for consumer in item[2]))
+    layer, open_kinds = -1, set()
+    sites = []
+    for order, (kind, group, consumers) in enumerate(ordered):
+        if layer < 0 or kind in open_kinds:
+            layer, open_kinds = layer + 1, set()
+        open_kinds.add(kind)
+        site = Site(f"layer.{layer}.{kind}", kind, group.units, group, consumers, order)
+        for leaf in group.leaves:
+            array = view.value(leaf.tensor)
+            site.leaf_shapes[leaf.node.index, leaf.slot] = array.shape if array is not None else (len(leaf.labels),)
+        sites.append(site)
+    return tuple(sites)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node) -> Refusal | None:
+    where = node.name
+    if group.units < 2:
+        return Refusal("OP103" if kind == "heads" else "OP203", where, f"only one {_unit(kind)} is left", "nothing to choose from; leave it")
+    for leaf in group.leaves:
+        array = view.value(leaf.tensor)
+        if leaf.role == "rides" and (array is None or array.dtype.kind != "f") and array is not None:
+            continue
+        if array is None or array.dtype.kind != "f":
+            maker = view.producer.get(leaf.tensor)
+            made = f"computed by {maker.op}" if maker else f"of type {array.dtype if array is not None else 'unknown'}"
+            return Refusal(
+                "OP104" if kind == "heads" else "OP204",
+                where,
+                f"its weight {leaf.tensor} is {made}, not a float initializer",
+                "prune the float model first and quantize afterwards",
+            )
+    if not all(residual_join(view, consumer.output) for consumer in consumers):
+        hint = "it is usually the pooler or the classifier, a small share of the time; nothing to do"
+        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch", hint)
+    return None
+
+
+def _refuse_blocked(view: GraphView, node: Node, tensor: str, blocked: Blocked) -> Refusal | None:
+    """A blocked trace is worth a word only if it started inside something that looks like an FFN."""
+    if blocked.normalises or not _looks_like_ffn(view, tensor):
+        return None
+    return Refusal("OP201", node.name, f"{blocked.reason} (at {blocked.node or 'the graph boundary'})", _HINT)
+
+
+_HINT = "exclude it, or re-export the model without that operator between the two matrices"
+
+
+def _looks_like_ffn(view: GraphView, tensor: str) -> bool:
+    """Walking back over elementwise operators from ``tensor`` meets a nonlinearity and then only weight products."""
+    pending, nonlinear, products, visited = [tensor], False, 0, set()
+    while pending:
+        node = view.producer.get(pending.pop())
+        if node is None or node.index in visited:
+            continue
+        visited.add(node.index)
+        if node.op in ("MatMul", "Gemm") and any(view.is_constant(name) for name in node.inputs[:2]):
+            products += 1
+        elif node.op in NONLINEAR or node.op in ("Add", "Sub", "Mul", "Div", "Neg", "Sum") or node.op in _PASSING:
+            nonlinear |= node.op in NONLINEAR
+            pending.extend(name for name in node.inputs if name and not view.is_constant(name))
+        else:
+            return False
+    return nonlinear and products > 0
+
+
+def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...], refusals: list[Refusal]) -> list[Refusal]:
+    covered = {node.index for site in sites if site.kind == "heads" for node in site.group.nodes}
+    result = []
+    for node in view.nodes:
+        context = _attention_context(view, node)
+        if context is None or node.index in covered or any(refusal.code.startswith("OP10") for refusal in refusals if refusal.site == node.name):
+            continue
+        maker = view.producer[context]
+        rank = len(tracer.profile.shape(context) or ())
+        blocked = next((r for axis in range(1, rank) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
+        reason = f"{blocked.reason} (at {blocked.node or 'the graph boundary'})" if blocked else "no projection with a constant weight reads its heads"
+        hint = "re-export with the plain attention of the framework, or without KV cache and attention-map outputs"
+        result.append(Refusal("OP101", maker.name, reason, hint))
+    return result
+
+
+def _attention_context(view: GraphView, node: Node) -> str | None:
+    """The context tensor if ``node`` is the heart of an attention: a fused operator, or a Softmax whose result weighs an activation."""
+    if node.op in _ATTENTION_OPS:
+        return node.outputs[0]
+    if node.op != "Softmax":
+        return None
+    pending = [node.outputs[0]]
+    seen: set[int] = set()
+    while pending:
+        tensor = pending.pop()
+        for consumer, slot in view.consumers.get(tensor, ()):
+            if consumer.index in seen:
+                continue
+            seen.add(consumer.index)
+            if _is_activation_product(view, consumer) and slot == 0:
+                return consumer.outputs[0]
+            if consumer.op in ("IsNaN", "Where", "Cast", "Dropout", "Identity", "Mul", "Reshape", "Transpose"):
+                pending.extend(consumer.outputs)
+    return None
+
+
+def residual_join(view: GraphView, tensor: str) -> Node | None:
+    """The node where a branch joins the residual stream: the first Add on the way whose other operand is an activation."""
+    for _ in range(12):
+        readers = view.consumers.get(tensor, [])
+        if len(readers) != 1:
+            return None
+        node, slot = readers[0]
+        others = [name for position, name in enumerate(node.inputs) if name and position != slot]
+        if node.op in ("Add", "Sum") or node.op in _FUSED_RESIDUAL:
+            activations = [name for name in others if not view.is_constant(name)]
+            if activations:
+                return node
+        elif node.op not in _PASSING and not (node.op in ("Mul", "Div") and all(view.is_constant(name) for name in others)):
+            return None
+        tensor = node.outputs[0]
+    return None
+
+
+def _unit(kind: Kind) -> str:
+    return "head" if kind == "heads" else "neuron"
