@@ -166,9 +166,9 @@ class Tracer:
             yield node, slot
 
     def _visit(self, state, queue, deferred, node: Node, operand: int, axis: int, labels: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+        state.nodes[node.index] = node
         if node.op in MEASURES:
             return
-        state.nodes[node.index] = node
         known = False
         for link in self._links_of(node):
             if isinstance(link, Barrier):

@@ -364,13 +364,13 @@ def _pad(node: Node, s: Shapes) -> list[Link]:
     return [Tie(0, axis, -1, axis) if a == b else Barrier(0, axis, "Pad extends this axis") for axis, (a, b) in pairs]
 
 
-@rule("Shape", "Size")
+@rule("Shape", "Size", "ConstantOfShape")
 def _shape(node: Node, s: Shapes) -> list[Link]:
     return []
 
 
-MEASURES = frozenset({"Shape", "Size"})
-"""Operators that read a shape and not the values; they never stop the tracer, the slicer resets what they feed."""
+MEASURES = frozenset({"Shape", "Size", "ConstantOfShape"})
+"""Operators that read a shape or are made from one; they never stop the tracer, the slicer resets the shapes."""
 
 
 # --- reductions, normalisations ----------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def _take_weights(proto: onnx.ModelProto, folder: Path | None = None) -> dict[st
         else:
             continue
         weights[tensor.name] = array
-        _point(tensor, _PLACEHOLDER, 0, array.nbytes)
+        placeholder(tensor, array.nbytes)
     return weights
 
 
@@ -282,6 +282,11 @@ def _read_external(tensor: TensorProto, folder: Path | None) -> np.ndarray:
     if expected == 0:
         return np.zeros(shape, dtype)
     return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def placeholder(tensor: TensorProto, length: int) -> None:
+    """Turn ``tensor`` into a placeholder for values that live in :attr:`Model.weights` (in place)."""
+    _point(tensor, _PLACEHOLDER, 0, length)
 
 
 def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:

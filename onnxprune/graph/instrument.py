@@ -1,0 +1,86 @@
+"""Masks as graph inputs: the meaning of a pruning decision, before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.model import Model
+from onnxprune.graph.slicing import Kept
+from onnxprune.graph.surgery import Surgeon
+
+MASK = "onnxprune.mask."
+
+
+def masked_model(anatomy: Anatomy) -> Model:
+    """The dense graph with a mask of every site multiplied in where the site is read.
+
+    Adds one float input ``onnxprune.mask.<site>`` of shape [units] per site; all ones gives the original outputs.
+    """
+    surgeon = Surgeon(anatomy.model)
+    declared = {}
+    for site in anatomy.sites:
+        for consumer in site.consumers:
+            leaf = anatomy.view.value(consumer.leaf.tensor)
+            assert leaf is not None
+            name = MASK + site.name
+            if name not in surgeon.tensors:
+                declared[name] = helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(leaf.dtype), [site.units])
+                mask = surgeon.tensors[name] = _input(surgeon, name, leaf.dtype, site.units)
+                surgeon.graph.inputs.append(mask)
+            _multiply(surgeon, anatomy, consumer.tensor, consumer.axis, consumer.labels, consumer.leaf.node.index, name, leaf.dtype)
+    model = surgeon.close()
+    return model
+
+
+def _input(surgeon: Surgeon, name: str, dtype: np.dtype, units: int):  # type: ignore[no-untyped-def]
+    variable = surgeon.variable(name, dtype, [units])
+    del surgeon.tensors[variable.name]
+    variable.name = name
+    return variable
+
+
+def _multiply(
+    surgeon: Surgeon, anatomy: Anatomy, tensor: str, axis: int, labels: np.ndarray, reader: int, mask: str, dtype: np.dtype
+) -> None:
+    """Insert ``tensor * mask[labels]`` in front of one reader; positions outside the group are multiplied by one."""
+    rank = len(anatomy.profile.shape(tensor) or ())
+    extended, picked, shaped, masked = (surgeon.variable(mask, dtype) for _ in range(4))
+    one = surgeon.constant(np.ones(1, dtype), mask)
+    surgeon.add("Concat", [surgeon.tensors[mask], one], extended, mask, axis=0)
+    last = int(labels.max()) + 1
+    surgeon.add("Gather", [extended, surgeon.constant(np.where(labels < 0, last, labels).astype(np.int64), mask)], picked, mask, axis=0)
+    shape = [1] * rank
+    shape[axis] = len(labels)
+    surgeon.add("Reshape", [picked, surgeon.constant(np.array(shape, np.int64), mask)], shaped, mask)
+    surgeon.add("Mul", [surgeon.tensors[tensor], shaped], masked, mask)
+    edit = surgeon.nodes[reader]
+    edit.inputs = [masked if item.name == tensor else item for item in edit.inputs]
+
+
+def mask_feeds(sites: tuple[Site, ...], kept: Kept, dtype: np.dtype | type = np.float32) -> dict[str, np.ndarray]:
+    """Mask inputs for a decision: 1 for kept units, 0 for removed ones; sites that are not named keep everything."""
+    feeds = {}
+    for site in sites:
+        mask = np.ones(site.units, dtype)
+        if site.name in kept:
+            mask[:] = 0
+            mask[np.asarray(kept[site.name], np.int64)] = 1
+        feeds[MASK + site.name] = mask
+    return feeds
+
+
+def with_outputs(model: Model, names: Mapping[str, onnx.ValueInfoProto | None] | list[str] | tuple[str, ...], keep: bool = True) -> Model:
+    """A copy with extra graph outputs (activations by name); ``keep=False`` drops the original outputs first."""
+    proto = model.copy_proto()
+    if not keep:
+        del proto.graph.output[:]
+    present = {value.name for value in proto.graph.output}
+    for name in names:
+        if name not in present:
+            proto.graph.output.append(helper.make_empty_tensor_value_info(name))
+    return model.with_proto(proto)

@@ -1,0 +1,311 @@
+"""From kept units to a smaller graph: the one place where weights are cut and shapes rewritten.
+
+Kept positions are computed per axis from the labels of the group; every constant is cut along its axes, every node that carries a shape
+(Reshape, Split, Slice, head counts) is reset. A site that keeps nothing is replaced by the constant it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.axis_rules import Shapes, packed_sizes, slice_ranges
+from onnxprune.graph.model import Model
+from onnxprune.graph.surgery import Surgeon
+from onnxprune.graph.view import Node
+from onnxprune.graph.view import Node
+
+Kept = Mapping[str, np.ndarray]
+"""Site name -> sorted indices of the units that stay. Sites that are not named keep everything."""
+
+
+class SlicingError(OnnxPruneError):
+    """A node along a pruned axis cannot be resized; the graph is left as it was."""
+
+
+def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
+    """Remove every unit that is not kept.
+
+    Equal, up to floating-point rounding, to multiplying the consumers' inputs by the mask of kept units.
+    """
+    cut = [site for site in anatomy.sites if site.name in kept and len(kept[site.name]) < site.units]
+    if not cut:
+        return anatomy.model
+    plan = _Cut(anatomy, cut, kept)
+    surgeon = Surgeon(anatomy.model)
+    _cut_constants(anatomy, plan, surgeon)
+    touched = {node.index: node for site in cut for node in site.group.nodes}
+    for _, node in sorted(touched.items()):
+        resize = _RESIZERS.get((node.domain, node.op))
+        if resize is not None:
+            resize(_Patient(anatomy, plan, surgeon, node))
+    for site in cut:
+        if len(kept[site.name]) == 0:
+            _silence(anatomy, site, surgeon)
+    return surgeon.close()
+
+
+class _Cut:
+    """Which positions stay, along every axis that any site touches."""
+
+    def __init__(self, anatomy: Anatomy, sites: list[Site], kept: Kept) -> None:
+        self.tensors: dict[tuple[str, int], np.ndarray] = {}
+        self.constants: dict[tuple[int, int, int], np.ndarray] = {}
+        for site in sites:
+            alive = np.zeros(site.units + 1, bool)  # the last entry answers for label -1: not of this group, stays
+            alive[-1] = True
+            alive[np.asarray(kept[site.name], np.int64)] = True
+            for place, labels in site.group.places.items():
+                self._and(self.tensors, place, alive[labels])
+            for leaf in site.group.leaves:
+                self._and(self.constants, (leaf.node.index, leaf.slot, leaf.axis), alive[leaf.labels])
+
+    @staticmethod
+    def _and(table: dict, key: object, stays: np.ndarray) -> None:  # type: ignore[type-arg]
+        table[key] = table[key] & stays if key in table else stays
+
+
+def _cut_constants(anatomy: Anatomy, plan: _Cut, surgeon: Surgeon) -> None:
+    """Cut each use of a constant; uses that end up equal share one initializer again, other uses keep the original."""
+    per_use: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+    for (index, slot, axis), stays in plan.constants.items():
+        per_use.setdefault((index, slot), {})[axis] = np.flatnonzero(stays)
+    shared: dict[tuple[object, ...], gs.Constant] = {}
+    for (index, slot), axes in sorted(per_use.items()):
+        name = anatomy.view.nodes[index].inputs[slot]
+        key = (name, *((axis, axes[axis].tobytes()) for axis in sorted(axes)))
+        if key not in shared:
+            array = anatomy.view.value(name)
+            assert array is not None, name
+            for axis, index_kept in sorted(axes.items()):
+                array = np.take(array, index_kept, axis=axis)
+            shared[key] = surgeon.constant(array, name)
+        surgeon.nodes[index].inputs[slot] = shared[key]
+
+
+# --- nodes that carry a shape ------------------------------------------------------------------------------------------------------
+
+
+class _Patient:
+    """One node under the knife, with what its resizer needs."""
+
+    def __init__(self, anatomy: Anatomy, plan: _Cut, surgeon: Surgeon, node: Node) -> None:
+        self.anatomy, self.plan, self.surgeon, self.node = anatomy, plan, surgeon, node
+        self.shapes = Shapes(anatomy.view, anatomy.profile, node)
+        self.edit: gs.Node = surgeon.nodes[node.index]
+
+    def stays(self, operand: int, axis: int) -> np.ndarray | None:
+        """Kept positions along an axis of an operand, None if nothing is cut there."""
+        name = self.shapes.name(operand)
+        if operand >= 0 and self.anatomy.view.is_constant(name):
+            return self.plan.constants.get((self.node.index, operand, axis))
+        return self.plan.tensors.get((name, axis))
+
+    def kept_heads(self, operand: int, axis: int, heads: int) -> int:
+        """Heads left on an axis that holds ``heads`` equal blocks."""
+        stays = self.stays(operand, axis)
+        return heads if stays is None else int(stays.reshape(heads, -1).any(axis=1).sum())
+
+
+def _resize_target(patient: _Patient, slot: int, align_right: bool) -> None:
+    """Reset the elements of a shape operand that belong to cut axes of the output."""
+    shapes, node = patient.shapes, patient.node
+    output = shapes.of(-1)
+    name = node.inputs[slot]
+    constant = patient.anatomy.view.value(name)
+    if constant is not None:
+        values, known = np.array(constant), np.ones(constant.shape, bool)
+    else:
+        seen = patient.anatomy.profile.constant_elements(name)
+        if seen is None:
+            raise SlicingError(f"{node}: the shape operand {name} was not seen when the model ran")
+        values, known = np.array(seen[0]), seen[1]
+    change = np.zeros(values.shape, bool)
+    for axis in range(len(output)):
+        stays = patient.stays(-1, axis)
+        position = axis - (len(output) - len(values)) if align_right else axis
+        if stays is None or stays.all() or position < 0:
+            continue
+        if known[position] and values[position] == output[axis] != 1:
+            values[position], change[position] = int(stays.sum()), True
+        elif not known[position] and patient.anatomy.profile.dim(node.outputs[0], axis) is None and not (values[known] == -1).any():
+            values[position], change[position] = -1, True  # a merged dynamic axis, batch x heads: let the runtime infer it
+    if not change.any():
+        return
+    surgeon = patient.surgeon
+    if known.all():
+        patient.edit.inputs[slot] = surgeon.constant(values, name)
+        return
+    fixed = surgeon.variable(name, np.int64)
+    surgeon.add("Where", [surgeon.constant(change, name), surgeon.constant(values, name), patient.edit.inputs[slot]], fixed, node.name)
+    patient.edit.inputs[slot] = fixed
+
+
+def _resize_reshape(patient: _Patient) -> None:
+    _resize_target(patient, 1, align_right=False)
+
+
+def _resize_expand(patient: _Patient) -> None:
+    _resize_target(patient, 1, align_right=True)
+
+
+def _resize_constant_of_shape(patient: _Patient) -> None:
+    _resize_target(patient, 0, align_right=False)
+
+
+def _resize_split(patient: _Patient) -> None:
+    axis = patient.node.attrs.get("axis", 0) % patient.shapes.rank(0)
+    stays = [patient.stays(-1 - position, axis) for position in range(len(patient.node.outputs))]
+    if all(kept is None for kept in stays):
+        return
+    sizes = [patient.shapes.of(-1 - position)[axis] if kept is None else int(kept.sum()) for position, kept in enumerate(stays)]
+    patient.edit.attrs.pop("num_outputs", None)
+    if patient.anatomy.model.opset() < 13:
+        patient.edit.attrs["split"] = sizes
+    else:
+        patient.edit.inputs[1:] = [patient.surgeon.constant(np.array(sizes, np.int64), patient.node.name + ".split")]
+
+
+def _resize_slice(patient: _Patient) -> None:
+    ranges = slice_ranges(patient.node, patient.shapes) or {}
+    cut = {axis: stays for axis in ranges if (stays := patient.stays(0, axis)) is not None and not stays.all()}
+    if not cut:
+        return
+    axes = np.array(sorted(ranges))
+    starts, ends = [], []
+    for axis in axes:
+        picked = ranges[axis]
+        if axis in cut:
+            if len(picked) and (np.diff(picked) != 1).any():
+                raise SlicingError(f"{patient.node} takes every {picked[1] - picked[0]}th position of an axis that is pruned")
+            starts.append(int(cut[axis][: picked[0]].sum()))
+            ends.append(int(cut[axis][: picked[-1] + 1].sum()))
+        elif patient.anatomy.profile.dim(patient.node.outputs[0], int(axis)) is None:
+            raise SlicingError(f"{patient.node} slices a dynamic axis together with a pruned one")
+        else:
+            starts.append(int(picked[0]))
+            ends.append(int(picked[-1]) + 1)
+    if patient.anatomy.model.opset() < 10:
+        patient.edit.attrs.update(starts=starts, ends=ends, axes=axes.tolist())
+        return
+    operands = [np.array(starts, np.int64), np.array(ends, np.int64), axes.astype(np.int64)]
+    patient.edit.inputs[1:] = [patient.surgeon.constant(array, patient.node.name + ".range") for array in operands]
+
+
+def _resize_gather(patient: _Patient) -> None:
+    axis = patient.node.attrs.get("axis", 0) % patient.shapes.rank(0)
+    stays, out = patient.stays(0, axis), patient.stays(-1, axis)
+    indices = patient.shapes.integers(1)
+    if stays is None or out is None or indices is None:
+        return
+    position = np.cumsum(stays) - 1
+    remapped = position[indices % len(stays)][out]
+    patient.edit.inputs[1] = patient.surgeon.constant(remapped.astype(np.int64), patient.node.name + ".indices")
+
+
+def _resize_attention(patient: _Patient) -> None:
+    attrs = patient.edit.attrs
+    if "q_num_heads" in attrs:
+        attrs["q_num_heads"] = patient.kept_heads(0, 2, attrs["q_num_heads"])
+        attrs["kv_num_heads"] = patient.kept_heads(1, 2, attrs["kv_num_heads"])
+
+
+def _resize_multi_head_attention(patient: _Patient) -> None:
+    patient.edit.attrs["num_heads"] = patient.kept_heads(0, 2, patient.edit.attrs["num_heads"])
+
+
+def _resize_packed_attention(patient: _Patient) -> None:
+    stays = patient.stays(1, 1)
+    if stays is None:
+        return
+    heads = patient.node.attrs["num_heads"]
+    bounds = np.cumsum([0, *packed_sizes(patient.node, patient.shapes)])
+    sizes = [int(stays[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    patient.edit.attrs["qkv_hidden_sizes"] = sizes
+    patient.edit.attrs["num_heads"] = int(stays[: bounds[1]].reshape(heads, -1).any(axis=1).sum())
+
+
+def _resize_rotary(patient: _Patient) -> None:
+    heads = patient.edit.attrs.get("num_heads", 0)
+    if heads:
+        axis = 1 if patient.shapes.rank(0) == 4 else 2
+        patient.edit.attrs["num_heads"] = patient.kept_heads(0, axis, heads)
+
+
+_RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
+    ("", "Reshape"): _resize_reshape,
+    ("", "Expand"): _resize_expand,
+    ("", "ConstantOfShape"): _resize_constant_of_shape,
+    ("", "Split"): _resize_split,
+    ("", "Slice"): _resize_slice,
+    ("", "Gather"): _resize_gather,
+    ("", "Attention"): _resize_attention,
+    ("", "RotaryEmbedding"): _resize_rotary,
+    ("com.microsoft", "RotaryEmbedding"): _resize_rotary,
+    ("com.microsoft", "MultiHeadAttention"): _resize_multi_head_attention,
+    ("com.microsoft", "Attention"): _resize_packed_attention,
+}
+
+
+# --- sites that keep nothing -------------------------------------------------------------------------------------------------------
+
+
+def _silence(anatomy: Anatomy, site: Site, surgeon: Surgeon) -> None:
+    """Replace each product over an empty axis by the constant it computes, pushed through the bias to where the branch is added."""
+    for consumer in site.consumers:
+        node = consumer.leaf.node
+        edit = surgeon.nodes[node.index]
+        weight = anatomy.view.value(consumer.leaf.tensor)
+        assert weight is not None
+        width = weight.shape[1 - consumer.leaf.axis]
+        vector = np.zeros(width, weight.dtype)
+        if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2]:
+            bias = anatomy.view.value(node.inputs[2])
+            if bias is None:
+                raise SlicingError(f"{node}: an emptied branch needs a constant bias")
+            vector = vector + bias.reshape(-1) * np.asarray(node.attrs.get("beta", 1.0), weight.dtype)
+        _push_constant(anatomy, node.outputs[0], vector, edit.outputs[0], surgeon)
+
+
+def _push_constant(anatomy: Anatomy, name: str, vector: np.ndarray, tensor: gs.Tensor, surgeon: Surgeon) -> None:
+    """Feed ``vector`` (the last axis of ``tensor``) to the readers of ``tensor`` in its place."""
+    view = anatomy.view
+    readers = view.consumers.get(name, [])
+    if len(readers) == 1 and name not in view.graph_outputs:
+        node, slot = readers[0]
+        other = next((n for position, n in enumerate(node.inputs) if position != slot), "")
+        value = view.value(other) if other else None
+        same_width = value is not None and value.size in (1, vector.size) and value.shape[-1:] in ((), (1,), (vector.size,))
+        shape_in, shape_out = anatomy.profile.shape(name), anatomy.profile.shape(node.outputs[0])
+        keeps_last = bool(shape_in and shape_out and shape_in[-1] == shape_out[-1])
+        following = surgeon.nodes[node.index].outputs[0]
+        if node.op in ("Add", "Mul") and same_width and value is not None:
+            flat = value.reshape(-1)
+            _push_constant(anatomy, node.outputs[0], vector + flat if node.op == "Add" else vector * flat, following, surgeon)
+            return
+        if node.op in ("Reshape", "Identity", "Dropout") and keeps_last:
+            _push_constant(anatomy, node.outputs[0], vector, following, surgeon)
+            return
+        if node.op in ("Add", "Sum") and not view.is_constant(other):
+            surgeon.nodes[node.index].inputs[slot] = surgeon.constant(vector, name)
+            return
+    _broadcast_constant(anatomy, name, vector, tensor, surgeon)
+
+
+def _broadcast_constant(anatomy: Anatomy, name: str, vector: np.ndarray, tensor: gs.Tensor, surgeon: Surgeon) -> None:
+    """The general case: a constant expanded to the run-time shape of the tensor it stands for."""
+    maker = tensor.inputs[0]
+    source = maker.inputs[0]
+    shape, leading, full = surgeon.variable(name, np.int64), surgeon.variable(name, np.int64), surgeon.variable(name, np.int64)
+    surgeon.add("Shape", [source], shape, name)
+    rank = len(anatomy.profile.shape(source.name) or ())
+    bounds = [surgeon.constant(np.array([value], np.int64), name) for value in (0, rank - 1)]
+    surgeon.add("Slice", [shape, *bounds], leading, name)
+    width = surgeon.constant(np.array([vector.size], np.int64), name)
+    surgeon.add("Concat", [leading, width], full, name, axis=0)
+    maker.outputs = []
+    surgeon.add("Expand", [surgeon.constant(vector, name), full], tensor, name)
