@@ -145,6 +145,8 @@ class Model:
         target = Path(path)
         if external_data is None:
             external_data = self.weight_bytes > EXTERNAL_DATA_BYTES
+        elif not external_data and self.weight_bytes > EXTERNAL_DATA_BYTES:
+            raise InputError(f"{target} would pass the 2 GiB limit of one file ({self.weight_bytes} bytes of weights); use external data")
         try:
             if external_data:
                 self._save_external(target)
@@ -225,17 +227,38 @@ def _from_bytes(raw: bytes, path: Path | None) -> Model:
     digest = hashlib.sha256(raw)
     size = len(raw)
     del raw
-    for location in sorted({_location(t) for t in proto.graph.initializer if external_data_helper.uses_external_data(t)}):
-        if path is None:
-            raise InputError(f"the model keeps weights in external file {location!r}; load it from its path instead of from bytes")
-        file = path.parent / location
-        if not file.is_file():
-            raise InputError(f"external data file not found: {file} (named by {path}); copy it next to the model")
+    external = [tensor for tensor in _tensors(proto.graph) if external_data_helper.uses_external_data(tensor)]
+    for location in sorted({_location(tensor) for tensor in external}):
+        file = _external_file(location, path)
         with file.open("rb") as stream:
             digest = _extend(digest, stream)
         size += file.stat().st_size
-    weights = _take_weights(proto, path.parent if path else None)
+    weights = _take_weights(proto, path)
     return Model(proto, weights, Source(path, digest.hexdigest(), size))
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """All initializers and tensor attributes of a graph and of the bodies inside it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            for body in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+                yield from _tensors(body)
+
+
+def _external_file(location: str, model: Path | None) -> Path:
+    """The file behind an external-data location, which must lie in the folder of the model (or of the file its link points to)."""
+    if model is None:
+        raise InputError(f"the model keeps weights in external file {location!r}; load it from its path instead of from bytes")
+    file = (model.parent / location).resolve()
+    inside = not Path(location).is_absolute() and ".." not in Path(location).parts
+    if not inside or not {model.parent.resolve(), model.resolve().parent} & set(file.parents):
+        raise InputError(f"{model} points outside its folder for its weights: {location!r}; refused")
+    if not file.is_file():
+        raise InputError(f"external data file not found: {model.parent / location} (named by {model}); copy it next to the model")
+    return file
 
 
 def _extend(digest: hashlib._Hash, stream) -> hashlib._Hash:  # type: ignore[no-untyped-def]
@@ -248,31 +271,40 @@ def _location(tensor: TensorProto) -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
 
 
-def _take_weights(proto: onnx.ModelProto, folder: Path | None = None) -> dict[str, np.ndarray]:
-    """Move large initializers out of ``proto`` (in place) and return them by name."""
+def _take_weights(proto: onnx.ModelProto, path: Path | None = None) -> dict[str, np.ndarray]:
+    """Move large initializers out of ``proto`` (in place) and return them by name.
+
+    Types that numpy or onnxruntime's Python side cannot share, and tensors of inner graphs, are read into the skeleton instead.
+    """
     weights: dict[str, np.ndarray] = {}
     for tensor in proto.graph.initializer:
-        if external_data_helper.uses_external_data(tensor):
-            if _location(tensor) == _PLACEHOLDER:
-                continue
-            array = _read_external(tensor, folder)
-        elif tensor.data_type in _WEIGHT_TYPES and tensor.ByteSize() > INLINE_BYTES:
-            array = numpy_helper.to_array(tensor)
+        external = external_data_helper.uses_external_data(tensor)
+        if (external and _location(tensor) == _PLACEHOLDER) or tensor.data_type not in _WEIGHT_TYPES:
+            continue
+        if external:
+            array = _read_external(tensor, path)
+        elif tensor.ByteSize() > INLINE_BYTES:
+            array = _to_array(tensor)
         else:
             continue
         weights[tensor.name] = array
-        placeholder(tensor, array.nbytes)
+        _point(tensor, _PLACEHOLDER, 0, array.nbytes)
+    for tensor in _tensors(proto.graph):
+        if external_data_helper.uses_external_data(tensor) and _location(tensor) != _PLACEHOLDER:
+            _load_inline(tensor, path)
     return weights
 
 
-def _read_external(tensor: TensorProto, folder: Path | None) -> np.ndarray:
+def _to_array(tensor: TensorProto) -> np.ndarray:
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"initializer {tensor.name!r} is corrupt: its values do not fill shape {list(tensor.dims)} ({error})") from error
+
+
+def _read_external(tensor: TensorProto, model: Path | None) -> np.ndarray:
     info = external_data_helper.ExternalDataInfo(tensor)
-    if folder is None:
-        raise InputError(f"initializer {tensor.name!r} keeps its values in external file {info.location!r}; load the model from its path")
-    root = folder.resolve()
-    file = (root / info.location).resolve()
-    if root not in file.parents:
-        raise InputError(f"initializer {tensor.name!r} points outside the model's folder: {info.location!r}; refused")
+    file = _external_file(info.location, model)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
     expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -282,6 +314,20 @@ def _read_external(tensor: TensorProto, folder: Path | None) -> np.ndarray:
     if expected == 0:
         return np.zeros(shape, dtype)
     return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def _load_inline(tensor: TensorProto, model: Path | None) -> None:
+    info = external_data_helper.ExternalDataInfo(tensor)
+    length = int(info.length or 0)
+    file = _external_file(info.location, model)
+    with file.open("rb") as stream:
+        stream.seek(info.offset or 0)
+        raw = stream.read(length or -1)
+    if len(raw) < length:
+        raise InputError(f"external data file {file} is truncated: {tensor.name!r} needs {length} bytes at offset {info.offset or 0}")
+    del tensor.external_data[:]
+    tensor.ClearField("data_location")
+    tensor.raw_data = raw
 
 
 def placeholder(tensor: TensorProto, length: int) -> None:

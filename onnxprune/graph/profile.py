@@ -7,8 +7,10 @@ leave the runtime, so a profile costs kilobytes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +19,14 @@ from onnx import TensorProto, helper
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView
-from onnxprune.runtime.session import open_session
+from onnxprune.runtime.session import open_session, run
+
+log = logging.getLogger(__name__)
+
+Watched = list[tuple[str, str, str | None]]
+"""(tensor, output that carries its shape, output that carries its integer values if any)."""
+Run = tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]
+"""Shapes by tensor, and values of small integer tensors."""
 
 SMALL_INTEGERS = 64
 """Integer tensors up to this many elements are recorded by value."""
@@ -60,24 +69,26 @@ def take_profile(model: Model, samples: Mapping[str, np.ndarray] | None = None) 
     Raises:
         InputError: the graph cannot be run.
     """
-    view = GraphView(model)
-    probe, watched = _probe(model, view)
-    session = open_session(probe, weights=model.weights, optimize=False)
-    runs = []
-    failure: Exception | None = None
-    for attempt in range(2):
-        feeds = synthetic_feeds(model, _SIZES[attempt])
-        try:
-            runs.append(_run(session, feeds, watched))
-        except Exception as error:  # any runtime failure on made-up inputs: fall back on real ones
-            failure = error
-    if not runs and samples is not None:
-        rows = min(2, min(len(array) for array in samples.values()))
-        runs.append(_run(session, {name: array[:rows] for name, array in samples.items() if name in model.input_names}, watched))
-    if not runs:
-        raise InputError(f"the model does not run on small made-up inputs ({str(failure).splitlines()[0]}); give calibration data with --calib")
-    first, second = runs[0], runs[-1]
+    session, watched = _open_probe(model)
+    try:
+        runs = [_run(session, synthetic_feeds(model, sizes), watched) for sizes in _SIZES]
+    except InputError as error:
+        if samples is None:
+            raise InputError(f"the model does not run on small made-up inputs ({error}); give calibration data with --calib") from error
+        log.info("made-up inputs do not run (%s); real samples are used", error)
+        runs = _run_samples(model, session, samples, watched)
+    first, second = runs
     return Profile((first[0], second[0]), (first[1], second[1]))
+
+
+def shapes_of(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """True shape of every input and every node output of the top-level graph when the model is fed ``feeds``.
+
+    Raises:
+        InputError: the graph does not run on these inputs.
+    """
+    session, watched = _open_probe(model)
+    return _run(session, {name: feeds[name] for name in model.input_names if name in feeds}, watched)[0]
 
 
 def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int = 0) -> dict[str, np.ndarray]:
@@ -115,12 +126,12 @@ def _fill_like(name: str, shape: tuple[int, ...], dtype: np.dtype, rng: np.rando
     return rng.standard_normal(shape).astype(dtype)
 
 
-def _probe(model: Model, view: GraphView) -> tuple[onnx.ModelProto, list[tuple[str, str, str | None]]]:
+def _probe(model: Model, view: GraphView) -> tuple[onnx.ModelProto, Watched]:
     """A copy whose outputs are the shapes of all tensors and the values of integer ones."""
     proto = model.copy_proto()
     del proto.graph.output[:]
     integers = _integer_tensors(model)
-    watched = []
+    watched: Watched = []
     names = [name for node in view.nodes for name in node.outputs if name] + list(model.input_names)
     for index, name in enumerate(names):
         shape_output = f"onnxprune.shape.{index}"
@@ -144,9 +155,37 @@ def _integer_tensors(model: Model) -> set[str]:
     }
 
 
-def _run(session, feeds, watched):  # type: ignore[no-untyped-def]
+def _open_probe(model: Model) -> tuple[Any, Watched]:
+    probe, watched = _probe(model, GraphView(model))
+    return open_session(probe, weights=model.weights, optimize=False), watched
+
+
+def _run_samples(model: Model, session: Any, samples: Mapping[str, np.ndarray], watched: Watched) -> list[Run]:
+    """Two runs on real rows that differ in the number of rows and, where the model runs so, in every symbolic size."""
+    rows = min(len(samples[name]) for name in model.input_names)
+    first = {name: samples[name][: min(rows, 3)] for name in model.input_names}
+    second = {name: samples[name][: min(rows, 2)] for name in model.input_names}
+    runs = [_run(session, first, watched)]
+    try:
+        return [*runs, _run(session, _cut(model, second), watched)]
+    except InputError:
+        return [*runs, _run(session, second, watched)]
+
+
+def _cut(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Feeds with two thirds of every symbolic axis but the first."""
+    cut = dict(feeds)
+    for value in model.proto.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if axis and value.name in cut and dim.WhichOneof("value") != "dim_value":
+                size = -(-2 * cut[value.name].shape[axis] // 3)
+                cut[value.name] = cut[value.name].take(range(size), axis=axis)
+    return cut
+
+
+def _run(session: Any, feeds: Mapping[str, np.ndarray], watched: Watched) -> Run:
     wanted = [output for _, shape, value in watched for output in (shape, value) if output]
-    results = dict(zip(wanted, session.run(wanted, feeds), strict=True))
+    results = dict(zip(wanted, run(session, feeds, wanted), strict=True))
     shapes = {name: tuple(int(size) for size in results[shape]) for name, shape, _ in watched}
     integers = {name: results[value] for name, _, value in watched if value and results[value].size <= SMALL_INTEGERS}
     return shapes, integers

@@ -167,7 +167,7 @@ def _resize_split(patient: _Patient) -> None:
     if patient.anatomy.model.opset() < 13:
         patient.edit.attrs["split"] = sizes
     else:
-        patient.edit.inputs[1:] = [patient.surgeon.constant(np.array(sizes, np.int64), patient.node.name + ".split")]
+        patient.edit.inputs = [patient.edit.inputs[0], patient.surgeon.constant(np.array(sizes, np.int64), patient.node.name + ".split")]
 
 
 def _resize_slice(patient: _Patient) -> None:
@@ -193,7 +193,7 @@ def _resize_slice(patient: _Patient) -> None:
         patient.edit.attrs.update(starts=starts, ends=ends, axes=axes.tolist())
         return
     operands = [np.array(starts, np.int64), np.array(ends, np.int64), axes.astype(np.int64)]
-    patient.edit.inputs[1:] = [patient.surgeon.constant(array, patient.node.name + ".range") for array in operands]
+    patient.edit.inputs = [patient.edit.inputs[0], *(patient.surgeon.constant(array, patient.node.name + ".range") for array in operands)]
 
 
 def _resize_gather(patient: _Patient) -> None:

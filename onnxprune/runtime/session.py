@@ -54,7 +54,7 @@ def require_onnxruntime() -> Any:
     except ImportError as error:
         raise RuntimeUnavailable("onnxruntime is not installed; run: pip install 'onnxprune[cpu]' (or 'onnxprune[gpu]')") from error
     if not hasattr(onnxruntime, "InferenceSession"):
-        raise RuntimeUnavailable("onnxruntime is damaged (a second distribution was removed); reinstall it: pip install --force-reinstall onnxruntime")
+        raise RuntimeUnavailable("onnxruntime is damaged (a second distribution was removed); run: pip install --force-reinstall onnxruntime")
     return onnxruntime
 
 
@@ -113,7 +113,9 @@ def open_session(
     except Exception as error:  # onnxruntime raises a dozen pybind exception types with no common base
         raise InputError(f"onnxruntime cannot load the model: {str(error).strip().splitlines()[0]}") from error
     if session.get_providers()[0] != provider:
-        raise RuntimeUnavailable(f"{provider} was asked for but did not start (onnxruntime fell back to {session.get_providers()[0]}); check its driver and libraries")
+        raise RuntimeUnavailable(
+            f"{provider} was asked for but did not start (onnxruntime fell back to {session.get_providers()[0]}); check its driver and libraries"
+        )
     return session
 
 
