@@ -54,7 +54,7 @@ def require_onnxruntime() -> Any:
     except ImportError as error:
         raise RuntimeUnavailable("onnxruntime is not installed; run: pip install 'onnxprune[cpu]' (or 'onnxprune[gpu]')") from error
     if not hasattr(onnxruntime, "InferenceSession"):
-        raise RuntimeUnavailable("onnxruntime is damaged (a second distribution was removed); run: pip install --force-reinstall onnxruntime")
+        raise RuntimeUnavailable("onnxruntime is damaged (another one was removed); run: pip install --force-reinstall onnxruntime")
     return onnxruntime
 
 
@@ -114,7 +114,7 @@ def open_session(
         raise InputError(f"onnxruntime cannot load the model: {str(error).strip().splitlines()[0]}") from error
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailable(
-            f"{provider} was asked for but did not start (onnxruntime fell back to {session.get_providers()[0]}); check its driver and libraries"
+            f"{provider} was asked for but did not start: onnxruntime took {session.get_providers()[0]}; check driver and libraries"
         )
     return session
 

@@ -1,0 +1,172 @@
+"""Compare models that do the same work: paired latency, size, multiply-adds and peak memory, with the noise of the machine beside them."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxprune.errors import InputError, OnnxPruneError
+from onnxprune.graph.macs import total_macs
+from onnxprune.graph.model import Model, load
+from onnxprune.graph.profile import shapes_of
+from onnxprune.runtime.measure import Ratio, Timings, clock_for, latency_ms, ratio, time_sessions
+from onnxprune.runtime.peak import peak_memory_bytes
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
+
+log = logging.getLogger(__name__)
+
+_AGAIN = "\0first variant again"
+_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """One model. ``quantiles_ms`` maps a quantile such as ``0.5`` to milliseconds; ``speedup`` is the first variant's time over this one's.
+
+    ``bytes`` counts the file and its external data. ``macs`` is None where the graph has an operator that cannot be probed,
+    ``peak_memory_bytes`` (a whole process) where the system does not tell.
+    """
+
+    latency_ms: float
+    quantiles_ms: Mapping[str, float]
+    speedup: Ratio
+    bytes: int
+    parameters: int
+    macs: int | None
+    peak_memory_bytes: int | None
+    provider: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Results by variant, in the order given, and how they were measured.
+
+    ``noise_floor`` is the ratio of two sessions of the first variant: a difference inside its interval is no difference.
+    """
+
+    variants: Mapping[str, VariantResult]
+    noise_floor: Ratio
+    clock: str
+    rounds: int
+    threads: int
+    load_average: float | None
+    input_shapes: Mapping[str, tuple[int, ...]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for JSON."""
+        result = asdict(self)
+        result["input_shapes"] = {name: list(shape) for name, shape in self.input_shapes.items()}
+        return result
+
+
+def benchmark(
+    variants: Mapping[str, str | Path | Model],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    options: RuntimeOptions | None = None,
+    rounds: int = 101,
+    seed: int = 0,
+    tolerance: float = 0.01,
+    max_seconds: float = 60.0,
+    memory: bool = True,
+) -> Benchmark:
+    """Measure models side by side on the same inputs and session settings.
+
+    Args:
+        variants: name -> model or its path; the first is the reference.
+        feeds: inputs of one run. A variant is fed the inputs it has; one that is missing is an error.
+        rounds, tolerance, max_seconds: see :func:`onnxprune.runtime.measure.time_sessions`.
+        memory: also measure peak memory, in one fresh process per variant.
+
+    Raises:
+        InputError: a model cannot be loaded or does not run on ``feeds``.
+        RuntimeUnavailable: the provider did not start.
+    """
+    if not variants:
+        raise InputError("nothing to benchmark: give at least one model")
+    options = options or RuntimeOptions()
+    models = {name: load(source) for name, source in variants.items()}
+    fed = {name: _feeds_of(name, model, feeds) for name, model in models.items()}
+    reference = next(iter(models))
+    sessions = {name: open_session(model, options) for name, model in models.items()}
+    # A second session, not the first one twice: sessions of the same bytes differ by a per cent or two, and that is noise as well.
+    sessions[_AGAIN] = open_session(models[reference], options)
+    fed[_AGAIN] = fed[reference]
+    for name, session in sessions.items():
+        run(session, fed[name])
+    timings = time_sessions(
+        {name: _call(session, fed[name]) for name, session in sessions.items()},
+        rounds=rounds,
+        clock=clock_for(options),
+        seed=seed,
+        tolerance=tolerance,
+        max_seconds=max_seconds,
+    )
+    providers = {name: session.get_providers()[0] for name, session in sessions.items()}
+    sessions.clear()
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        results: dict[str, VariantResult] = {}
+        for name, model in models.items():
+            path = _on_disk(variants[name], Path(folder), len(results))
+            peak = _peak(path, fed[name], options, Path(folder)) if memory else None
+            results[name] = _result(name, reference, model, path, fed[name], timings, peak, providers[name])
+    shapes = {name: tuple(array.shape) for name, array in fed[reference].items()}
+    floor = ratio(timings, _AGAIN, reference, seed)
+    return Benchmark(results, floor, timings.clock, timings.rounds, options.threads, timings.load_average, shapes)
+
+
+def _feeds_of(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    missing = [wanted for wanted in model.input_names if wanted not in feeds]
+    if missing:
+        raise InputError(f"variant {name!r} wants input {missing[0]!r}; the benchmark inputs are {', '.join(feeds) or 'none'}")
+    return {wanted: np.ascontiguousarray(feeds[wanted]) for wanted in model.input_names}
+
+
+def _call(session: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    arrays = dict(feeds)
+    return lambda: session.run(None, arrays)
+
+
+def _result(
+    name: str, reference: str, model: Model, path: Path, feeds: Mapping[str, np.ndarray], timings: Timings, peak: int | None, provider: str
+) -> VariantResult:
+    values = timings.milliseconds[name]
+    return VariantResult(
+        latency_ms=latency_ms(timings, name),
+        quantiles_ms={str(quantile): float(np.quantile(values, quantile)) for quantile in _QUANTILES},
+        speedup=ratio(timings, reference, name),
+        bytes=_bytes(path),
+        parameters=model.parameters,
+        macs=_macs(name, model, feeds),
+        peak_memory_bytes=peak,
+        provider=provider,
+    )
+
+
+def _macs(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> int | None:
+    try:
+        return total_macs(model, shapes_of(model, feeds))
+    except OnnxPruneError as error:
+        log.warning("multiply-adds of %s could not be counted: %s", name, error)
+        return None
+
+
+def _on_disk(source: str | Path | Model, folder: Path, number: int) -> Path:
+    return source.save(folder / f"{number}.onnx") if isinstance(source, Model) else Path(source)
+
+
+def _bytes(path: Path) -> int:
+    source = load(path).source
+    return 0 if source is None else source.bytes
+
+
+def _peak(path: Path, feeds: Mapping[str, np.ndarray], options: RuntimeOptions, folder: Path) -> int | None:
+    archive = folder / "feeds.npz"
+    np.savez(archive, **feeds)  # type: ignore[arg-type]
+    return peak_memory_bytes(path, archive, options)

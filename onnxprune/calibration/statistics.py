@@ -1,0 +1,116 @@
+"""Sums over calibration samples. Sums merge, so calibration can be streamed, resumed, sharded and spread over machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from onnxprune.errors import InputError
+from onnxprune.graph.model import atomic_file
+
+_SCHEMA = "onnxprune.statistics/1"
+
+
+class Statistics:
+    """Named float64 sums, each with the number of samples, tokens or batches that went into it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: np.ndarray | float, count: int = 1) -> None:
+        """Add ``value`` (any shape, the same each time) that stands for ``count`` units.
+
+        Raises:
+            InputError: the shape is not that of earlier values, or a value is not finite.
+        """
+        array = np.asarray(value, dtype=np.float64)
+        if not np.isfinite(array).all():
+            raise InputError(f"statistic {name!r} is not finite: the model overflows or returns NaN on this calibration data")
+        known = self._sums.get(name)
+        if known is None:
+            self._sums[name] = array.copy()
+            self._counts[name] = int(count)
+            return
+        if known.shape != array.shape:
+            raise InputError(f"statistic {name!r} has shape {list(array.shape)}, before {list(known.shape)}; are they of different models?")
+        known += array
+        self._counts[name] += int(count)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The sum, float64. Do not write into it."""
+        return self._sums[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sums
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def count(self, name: str) -> int:
+        return self._counts[name]
+
+    def mean(self, name: str) -> np.ndarray:
+        """Sum over count."""
+        return self._sums[name] / self._counts[name]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Both parts as if gathered in one go; names that only one part has are kept."""
+        merged = Statistics()
+        for part in (self, other):
+            for name in part:
+                merged.add(name, part[name], part.count(name))
+        return merged
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return self._counts == other._counts and all(np.array_equal(self[name], other[name]) for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write an npz atomically.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        target = Path(path)
+        index = json.dumps({"schema": _SCHEMA, "names": list(self._sums), "counts": list(self._counts.values())})
+        arrays = {f"sum{number}": array for number, array in enumerate(self._sums.values())}
+        try:
+            with atomic_file(target) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, allow_pickle=False, index=np.array(index), **arrays)
+        except OSError as error:
+            raise InputError(f"cannot write statistics {target}: {error.strerror or error}; nothing was left half-written") from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: missing, truncated, or not a statistics file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                index = json.loads(str(archive["index"]))
+                if index["schema"] != _SCHEMA:
+                    raise InputError(f"{path} has schema {index['schema']!r}; this version reads {_SCHEMA!r}")
+                statistics = cls()
+                for number, (name, count) in enumerate(zip(index["names"], index["counts"], strict=True)):
+                    statistics.add(name, archive[f"sum{number}"], count)
+        except FileNotFoundError:
+            raise InputError(f"statistics not found: {path}") from None
+        except (KeyError, ValueError, EOFError, OSError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{path} is not a statistics file of onnxprune, or it is truncated: {error}") from error
+        return statistics
