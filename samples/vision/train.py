@@ -165,9 +165,10 @@ def train(model: ViTForImageClassification, images: np.ndarray, labels: np.ndarr
 def export(model: ViTForImageClassification, path: Path) -> None:
     """Opset 18 with a dynamic batch. Stack traces that the exporter notes on every node are dropped: they name local files."""
     program = torch.onnx.export(
-        Logits(model.eval()),
+        Logits(model).eval(),
         (torch.zeros(2, 1, SIDE, SIDE),),
         dynamo=True,
+        verbose=False,
         opset_version=18,
         input_names=["pixel_values"],
         output_names=["logits"],
