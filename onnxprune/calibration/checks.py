@@ -188,7 +188,8 @@ def _cast(array: np.ndarray, spec: InputSpec, where: str, first_row: int) -> np.
     if not allowed:
         raise InputError(f"{where}: {spec.name!r} is {array.dtype}, the model wants {spec.dtype}, and its values do not fit; convert it")
     log.info("%s: %r cast from %s to %s", where, spec.name, array.dtype, spec.dtype)
-    cast = array.astype(spec.dtype)
+    with np.errstate(over="ignore"):  # an overflow is reported below, with its row
+        cast = array.astype(spec.dtype)
     _check_finite(spec.name, cast, where, first_row)
     return cast
 

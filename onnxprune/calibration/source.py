@@ -125,19 +125,18 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         raise InputError(f"calibration data not found: {path}{_nearest_file(path)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} holds a single array; wanted an .npz with one array per input (numpy.savez)")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise InputError(f"{path} holds a single array; wanted an .npz with one array per input (numpy.savez)")
+        with archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         if "allow_pickle" in str(error) or "pickled" in str(error):
             raise InputError(
                 f"{path} holds pickled Python objects, or is not an .npz; pickles can run code and are never loaded: "
                 "save numeric arrays with numpy.savez"
             ) from error
         raise InputError(f"{path} is not a readable .npz, or it is truncated: {error}") from error
-    except AttributeError as error:  # a plain .npy loads to an array, which is no context manager
-        raise InputError(f"{path} holds a single array; wanted an .npz with one array per input (numpy.savez)") from error
 
 
 def _nearest_file(path: Path) -> str:

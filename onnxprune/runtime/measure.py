@@ -143,7 +143,7 @@ def _settled(samples: Mapping[str, list[float]], names: list[str], done: int, to
         return False
     reference = np.array(samples[names[0]])
     pairs = [np.array(samples[name]) / reference for name in names[1:]] or [reference]
-    return all(_interval(pair, 0).half_width <= tolerance for pair in pairs)
+    return all(_interval(pair, 0).half_width < tolerance for pair in pairs)
 
 
 def _interval(values: np.ndarray, seed: int) -> Ratio:
