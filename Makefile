@@ -29,7 +29,7 @@ demo: $(VENV)/.cpu ## prune the embedded vision model to 60 % of its latency and
 	PATH="$(CURDIR)/$(BIN):$$PATH" samples/vision/run.sh
 
 test: check ## linters, type checker and every test, the slow ones included
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: lint types
 
