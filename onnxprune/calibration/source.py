@@ -58,10 +58,10 @@ def load_calibration(
     Raises:
         InputError: the source cannot be read, or an array does not fit the model.
     """
-    if isinstance(source, CalibrationData):
-        return source
     if samples is not None and samples < 1:
         raise InputError(f"--samples {samples}: at least one calibration row is needed")
+    if isinstance(source, CalibrationData):
+        return source if samples is None or samples >= len(source) else source.take(_choose(len(source), samples, seed))
     specs = input_specs(model)
     if isinstance(source, str) and source == "random":
         chunks, origin, whole = _random(specs, samples or RANDOM_ROWS, seed, input_shapes or {}), "random", False
@@ -81,7 +81,12 @@ def load_calibration(
     data = _assemble(collected, specs, origin)
     if samples is None or rows <= samples:
         return data
-    return data.take(np.sort(np.random.default_rng(seed).permutation(rows)[:samples]) if whole else slice(0, samples))
+    return data.take(_choose(rows, samples, seed) if whole else slice(0, samples))
+
+
+def _choose(rows: int, samples: int, seed: int) -> np.ndarray:
+    """Row numbers of a random choice, in their old order."""
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:samples])
 
 
 def _open(source: Any) -> tuple[Chunks, str, bool]:

@@ -50,6 +50,30 @@ def test_a_length_that_is_fixed_or_not_known_to_be_shared_is_never_trimmed(optio
     assert {batch.feeds["input_ids"].shape[1] for batch in data.batches(3, trim=True)} == {12}
 
 
+def test_a_third_input_of_an_unknown_length_stops_trimming() -> None:
+    model = text_model(positions=True)
+    model.proto.graph.input[2].type.tensor_type.shape.dim[1].dim_param = "unrelated"
+    arrays = text_arrays()
+    data = load_calibration({**arrays, "position_ids": np.cumsum(arrays["attention_mask"], axis=1)}, model)
+    assert {batch.feeds["position_ids"].shape[1] for batch in data.batches(3, trim=True)} == {12}
+    assert {batch.feeds["input_ids"].shape[1] for batch in data.batches(3, trim=True)} == {12}
+
+
+def test_a_mask_that_is_longer_than_the_tokens_is_not_trimmed() -> None:
+    arrays = text_arrays()
+    longer = np.concatenate([arrays["attention_mask"], np.zeros((10, 5), np.int64)], axis=1)
+    data = load_calibration({**arrays, "attention_mask": longer}, text_model(other_length="past_and_seq"))
+    assert {batch.feeds["attention_mask"].shape[1] for batch in data.batches(3, trim=True)} == {17}
+
+
+def test_samples_of_loaded_data_are_chosen_again() -> None:
+    data = text_data()
+    again = load_calibration(data, text_model(), samples=8, seed=1)
+    assert again.labels is not None
+    assert len(set(again.labels.tolist())) == 8
+    assert load_calibration(data, text_model(), samples=10) is data
+
+
 def test_left_padding_goes_only_where_positions_are_fed() -> None:
     arrays = text_arrays(left=True)
     plain = load_calibration(arrays, text_model())

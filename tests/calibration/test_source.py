@@ -70,6 +70,7 @@ def test_samples_of_a_file_are_a_repeatable_choice(tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", pixels=PIXELS)
     chosen = [load_calibration(tmp_path / "c.npz", image_model(), samples=8, seed=seed).inputs["pixels"][:, 0] for seed in (0, 0, 1)]
     assert len(chosen[0]) == 8
+    assert (np.diff(chosen[0]) > 0).all()
     assert chosen[0].tolist() == chosen[1].tolist() != chosen[2].tolist()
 
 

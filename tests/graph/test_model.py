@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxprune.graph.model as model_module
 from onnxprune.errors import InputError
 from onnxprune.graph.model import INLINE_BYTES, Model, load
 from onnxprune.runtime.session import open_session, run
@@ -227,6 +228,27 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         Model.from_proto(linear_proto()).save(tmp_path / "m.onnx", external_data=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_external_data_starts_on_pages(tmp_path: Path) -> None:
+    proto = linear_proto()
+    proto.graph.initializer.append(numpy_helper.from_array(BIG[:, :61] + 1, "odd"))
+    proto.graph.initializer.append(numpy_helper.from_array(BIG + 2, "last"))
+    saved = Model.from_proto(proto).save(tmp_path / "m.onnx", external_data=True)
+    tensors = [tensor for tensor in onnx.load(str(saved), load_external_data=False).graph.initializer if tensor.external_data]
+    offsets = [int(entry.value) for tensor in tensors for entry in tensor.external_data if entry.key == "offset"]
+    assert len(offsets) == 3
+    assert all(offset % 4096 == 0 for offset in offsets)
+    np.testing.assert_array_equal(load(saved).initializer("last"), BIG + 2)
+
+
+def test_weights_beyond_one_file_go_outside_and_are_refused_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "EXTERNAL_DATA_BYTES", BIG.nbytes - 1)
+    model = Model.from_proto(linear_proto())
+    assert model.save(tmp_path / "m.onnx").stat().st_size < BIG.nbytes
+    assert (tmp_path / "m.onnx.data").stat().st_size >= BIG.nbytes
+    with pytest.raises(InputError, match="2 GiB limit"):
+        model.save(tmp_path / "n.onnx", external_data=False)
 
 
 def test_saving_into_a_missing_directory_is_an_input_error(tmp_path: Path) -> None:
