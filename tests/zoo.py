@@ -80,7 +80,8 @@ def feeds(name: str, batch: int = 3, seq: int = 11, seed: int = 0) -> dict[str, 
         return {"input_ids": ids, "attention_mask": mask}
     for row in range(1, batch):
         mask[row, max(1, seq - row) :] = 0
-    return {"input_ids": np.where(mask, ids, 0), "attention_mask": mask, "token_type_ids": np.where(mask, rng.integers(0, 2, (batch, seq)), 0)}
+    segments = rng.integers(0, 2, (batch, seq))
+    return {"input_ids": np.where(mask, ids, 0), "attention_mask": mask, "token_type_ids": np.where(mask, segments, 0)}
 
 
 def forward(name: str, inputs: dict[str, np.ndarray]) -> Any:
@@ -129,7 +130,8 @@ def _module(architecture: str, attention: str) -> Any:
         case "deit":
             config, kind = hf.DeiTConfig(**common, image_size=IMAGE, patch_size=8, num_labels=2), hf.DeiTForImageClassification
         case "gpt2":
-            config = hf.GPT2Config(vocab_size=VOCABULARY, n_positions=MAX_SEQUENCE, n_embd=hidden, n_layer=LAYERS, n_head=heads, n_inner=ffn, bos_token_id=0, eos_token_id=0)
+            sizes = {"n_embd": hidden, "n_layer": LAYERS, "n_head": heads, "n_inner": ffn}
+            config = hf.GPT2Config(vocab_size=VOCABULARY, n_positions=MAX_SEQUENCE, bos_token_id=0, eos_token_id=0, **sizes)
             kind = hf.GPT2LMHeadModel
         case _:
             config, kind = hf.LlamaConfig(**common, **text, num_key_value_heads=KV_HEADS), hf.LlamaForCausalLM
