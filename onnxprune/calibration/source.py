@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +13,7 @@ import numpy as np
 
 from onnxprune.calibration.checks import InputSpec, check_chunk, check_rows, fixed_rows, input_specs, nearest
 from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
+from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model
 
@@ -97,7 +96,7 @@ def _open(source: Any) -> tuple[Chunks, str, bool]:
         path = Path(source)
         if path.is_dir():
             return _shards(path), str(path), False
-        return iter([(str(path), _read_npz(path))]), str(path), True
+        return iter([(str(path), _read_file(path))]), str(path), True
     if isinstance(source, Mapping):
         return iter([("calibration arrays", source)]), "arrays", True
     if isinstance(source, DataReader):
@@ -122,26 +121,13 @@ def _shards(folder: Path) -> Chunks:
     if not files:
         raise InputError(f"no .npz files in {folder}; a directory of calibration shards holds one or more of them")
     for file in files:
-        yield str(file), _read_npz(file)
+        yield str(file), _read_file(file)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz. Pickled objects are never read: they could run code."""
+def _read_file(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         raise InputError(f"calibration data not found: {path}{_nearest_file(path)}")
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise InputError(f"{path} holds a single array; wanted an .npz with one array per input (numpy.savez)")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        if "allow_pickle" in str(error) or "pickled" in str(error):
-            raise InputError(
-                f"{path} holds pickled Python objects, or is not an .npz; pickles can run code and are never loaded: "
-                "save numeric arrays with numpy.savez"
-            ) from error
-        raise InputError(f"{path} is not a readable .npz, or it is truncated: {error}") from error
+    return read_npz(path)
 
 
 def _nearest_file(path: Path) -> str:

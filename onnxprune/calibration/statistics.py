@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError
 from onnxprune.graph.model import atomic_file
 
@@ -101,16 +100,18 @@ class Statistics:
         Raises:
             InputError: missing, truncated, or not a statistics file.
         """
+        if not Path(path).exists():
+            raise InputError(f"statistics not found: {path}")
+        archive = read_npz(path)
+        statistics = cls()
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                index = json.loads(str(archive["index"]))
-                if index["schema"] != _SCHEMA:
-                    raise InputError(f"{path} has schema {index['schema']!r}; this version reads {_SCHEMA!r}")
-                statistics = cls()
-                for number, (name, count) in enumerate(zip(index["names"], index["counts"], strict=True)):
+            index = json.loads(str(archive["index"]))
+            schema, names, counts = index["schema"], index.get("names", []), index.get("counts", [])
+            if schema == _SCHEMA:
+                for number, (name, count) in enumerate(zip(names, counts, strict=True)):
                     statistics.add(name, archive[f"sum{number}"], count)
-        except FileNotFoundError:
-            raise InputError(f"statistics not found: {path}") from None
-        except (KeyError, ValueError, EOFError, OSError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path} is not a statistics file of onnxprune, or it is truncated: {error}") from error
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a statistics file of onnxprune: {error}") from error
+        if schema != _SCHEMA:
+            raise InputError(f"{path} has schema {schema!r}; this version reads {_SCHEMA!r}")
         return statistics

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def _from_bytes(raw: bytes, path: Path | None) -> Model:
     size = len(raw)
     del raw
     external = [tensor for tensor in _tensors(proto.graph) if external_data_helper.uses_external_data(tensor)]
-    for location in sorted({_location(tensor) for tensor in external}):
+    for location in sorted({_place(tensor).location for tensor in external}):
         file = _external_file(location, path)
         with file.open("rb") as stream:
             digest = _extend(digest, stream)
@@ -266,8 +267,30 @@ def _extend(digest: hashlib._Hash, stream) -> hashlib._Hash:  # type: ignore[no-
     return digest
 
 
-def _location(tensor: TensorProto) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+@dataclass(frozen=True)
+class _Place:
+    """Where external values lie; ``length`` 0 means up to the end of the file."""
+
+    location: str
+    offset: int
+    length: int
+
+
+def _place(tensor: TensorProto) -> _Place:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        place = _Place(entries.get("location", ""), int(entries.get("offset", 0)), int(entries.get("length", 0)))
+    except ValueError as error:
+        raise InputError(f"initializer {tensor.name!r} is corrupt: its external-data entry is not a number ({error})") from error
+    # protobuf hands out text that is not UTF-8 as bytes.
+    if (
+        not isinstance(place.location, str)
+        or not place.location
+        or "\0" in place.location
+        or min(place.offset, place.length, *tensor.dims) < 0
+    ):
+        raise InputError(f"initializer {tensor.name!r} is corrupt: its external-data entry is {entries}, its shape {list(tensor.dims)}")
+    return place
 
 
 def _take_weights(proto: onnx.ModelProto, path: Path | None = None) -> dict[str, np.ndarray]:
@@ -278,7 +301,7 @@ def _take_weights(proto: onnx.ModelProto, path: Path | None = None) -> dict[str,
     weights: dict[str, np.ndarray] = {}
     for tensor in proto.graph.initializer:
         external = external_data_helper.uses_external_data(tensor)
-        if (external and _location(tensor) == _PLACEHOLDER) or tensor.data_type not in _WEIGHT_TYPES:
+        if (external and _place(tensor).location == _PLACEHOLDER) or tensor.data_type not in _WEIGHT_TYPES:
             continue
         if external:
             array = _read_external(tensor, path)
@@ -289,7 +312,7 @@ def _take_weights(proto: onnx.ModelProto, path: Path | None = None) -> dict[str,
         weights[tensor.name] = array
         _point(tensor, _PLACEHOLDER, 0, array.nbytes)
     for tensor in _tensors(proto.graph):
-        if external_data_helper.uses_external_data(tensor) and _location(tensor) != _PLACEHOLDER:
+        if external_data_helper.uses_external_data(tensor) and _place(tensor).location != _PLACEHOLDER:
             _load_inline(tensor, path)
     return weights
 
@@ -302,28 +325,26 @@ def _to_array(tensor: TensorProto) -> np.ndarray:
 
 
 def _read_external(tensor: TensorProto, model: Path | None) -> np.ndarray:
-    info = external_data_helper.ExternalDataInfo(tensor)
-    file = _external_file(info.location, model)
+    place = _place(tensor)
+    file = _external_file(place.location, model)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
-    expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    offset = info.offset or 0
-    if file.stat().st_size < offset + expected:
-        raise InputError(f"external data file {file} is truncated: {tensor.name!r} needs {expected} bytes at offset {offset}")
+    expected = prod(shape) * dtype.itemsize
+    if file.stat().st_size < place.offset + expected:
+        raise InputError(f"external data file {file} is truncated: {tensor.name!r} needs {expected} bytes at offset {place.offset}")
     if expected == 0:
         return np.zeros(shape, dtype)
-    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
+    return np.memmap(file, dtype=dtype, mode="r", offset=place.offset, shape=shape)
 
 
 def _load_inline(tensor: TensorProto, model: Path | None) -> None:
-    info = external_data_helper.ExternalDataInfo(tensor)
-    length = int(info.length or 0)
-    file = _external_file(info.location, model)
+    place = _place(tensor)
+    file = _external_file(place.location, model)
     with file.open("rb") as stream:
-        stream.seek(info.offset or 0)
-        raw = stream.read(length or -1)
-    if len(raw) < length:
-        raise InputError(f"external data file {file} is truncated: {tensor.name!r} needs {length} bytes at offset {info.offset or 0}")
+        stream.seek(place.offset)
+        raw = stream.read(place.length or -1)
+    if len(raw) < place.length:
+        raise InputError(f"external data file {file} is truncated: {tensor.name!r} needs {place.length} bytes at offset {place.offset}")
     del tensor.external_data[:]
     tensor.ClearField("data_location")
     tensor.raw_data = raw

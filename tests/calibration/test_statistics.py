@@ -96,7 +96,7 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
     raw = path.read_bytes()
     for content in (b"", b"text", raw[: len(raw) // 2]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="not a statistics file"):
+        with pytest.raises(InputError, match=r"s\.npz"):
             Statistics.load(path)
     np.savez(path, pixels=np.zeros(3))
     with pytest.raises(InputError, match="not a statistics file"):

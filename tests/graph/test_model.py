@@ -156,6 +156,18 @@ def test_truncated_external_data_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("offset", "x"), ("offset", "-4096"), ("length", "4k"), ("location", ""), ("location", "a\0b")], ids=str
+)
+def test_corrupt_external_data_entries_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    path = external_model(tmp_path)
+    proto = onnx.load(str(path), load_external_data=False)
+    next(entry for entry in proto.graph.initializer[0].external_data if entry.key == key).value = value
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match="'big' is corrupt"):
+        load(path)
+
+
 def test_external_data_needs_a_path(tmp_path: Path) -> None:
     raw = external_model(tmp_path).read_bytes()
     with pytest.raises(InputError, match="load it from its path"):
