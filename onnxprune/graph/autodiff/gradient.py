@@ -1,0 +1,172 @@
+"""Mask gradients without masks.
+
+Multiply a unit's activation a by a mask m. At m = 1 the derivative of the loss by m is the sum of a * dL/da over all positions of the unit,
+so one backward pass to the activations serves every kind of unit. Samples do not interact, so the gradient of the summed loss, kept
+apart by sample, is each sample's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnxprune.errors import InputError
+from onnxprune.graph.autodiff.reverse import differentiate
+from onnxprune.graph.autodiff.rules import Tape
+from onnxprune.graph.lowering import lower
+from onnxprune.graph.model import Model
+from onnxprune.graph.profile import Profile, take_profile
+from onnxprune.graph.view import GraphView
+
+Link = Literal["softmax", "identity"]
+TARGET = "onnxprune.target"
+WEIGHT = "onnxprune.weight"
+GRADIENT = "onnxprune.grad."
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a mask would be multiplied.
+
+    Attributes:
+        name: the gradient is the output ``onnxprune.grad.<name>``.
+        tensor: the activation.
+        axis: the axis the mask lives on.
+        labels: int64 [size of the axis], the unit that each position belongs to, -1 for none.
+        units: number of units.
+    """
+
+    name: str
+    tensor: str
+    axis: int
+    labels: np.ndarray
+    units: int
+
+
+def gradient_model(model: Model, taps: Sequence[Tap], output: str, link: Link, profile: Profile | None = None) -> Model:
+    """A model that computes per-sample mask gradients of a loss at ``output``.
+
+    Its inputs are the model's own, ``onnxprune.target`` (float, shape of ``output``) and ``onnxprune.weight`` (float, shape of ``output``
+    without its last axis; 0 drops a padded position). The loss of a sample is the weighted sum over its positions of the cross-entropy of
+    softmax(output) to the target (link ``softmax``) or of half the squared distance to it (link ``identity``). The outputs are
+    ``onnxprune.grad.<tap>``, float [batch, units]. Dynamic sizes stay dynamic; weights are shared with ``model``.
+
+    Args:
+        profile: a profile of ``model``, if there is one already.
+
+    Raises:
+        InputError: a tensor does not exist or a tap does not fit it; an operator has no rule (:class:`MissingGradient`).
+    """
+    lowered = lower(model)
+    if profile is None or lowered is not model:
+        profile = take_profile(lowered)
+    tape = Tape(_alive(lowered, [output, *(tap.tensor for tap in taps)]), profile)
+    if not tape.model.input_names:
+        raise InputError("the model has no inputs, so there are no samples to differentiate by")
+    seed = _seed(tape, output, link)
+    adjoints = differentiate(tape, {output: seed}, list(dict.fromkeys(tap.tensor for tap in taps)))
+    for tap in taps:
+        _emit_tap(tape, tap, adjoints.get(tap.tensor))
+    graph = tape.proto.graph
+    graph.node.extend(tape.nodes)
+    rank = len(tape.dims(output)[0])
+    graph.input.append(helper.make_tensor_value_info(TARGET, TensorProto.FLOAT, [None] * rank))
+    graph.input.append(helper.make_tensor_value_info(WEIGHT, TensorProto.FLOAT, [None] * (rank - 1)))
+    del graph.output[:]
+    graph.output.extend(helper.make_tensor_value_info(GRADIENT + tap.name, TensorProto.FLOAT, [None, tap.units]) for tap in taps)
+    return _drop_dead(tape.model.with_proto(tape.proto))
+
+
+def _seed(tape: Tape, output: str, link: Link) -> str:
+    """Adjoint of the output: weight * (prediction - target)."""
+    dtype = tape.type_of(output) or TensorProto.FLOAT
+    target, weight = (TARGET, WEIGHT) if dtype == TensorProto.FLOAT else (tape.op("Cast", name, to=dtype) for name in (TARGET, WEIGHT))
+    rank = len(tape.dims(output)[0])
+    prediction = tape.op("Softmax", output, axis=rank - 1) if link == "softmax" else output
+    return tape.op("Mul", tape.op("Sub", prediction, target), tape.unsqueeze(weight, rank - 1))
+
+
+def _emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
+    """activation * adjoint, summed over everything but sample and unit."""
+    dims = tape.dims(tap.tensor)
+    rank = len(dims[0])
+    axis = tap.axis % rank
+    output = GRADIENT + tap.name
+    if axis == 0 or len(tap.labels) != dims[0][axis]:
+        raise InputError(
+            f"tap {tap.name!r} has {len(tap.labels)} labels for axis {tap.axis} of {tap.tensor!r}, whose shape is {list(dims[0])}; "
+            "labels must cover an axis other than the first"
+        )
+    sample = tape.model.input_names[0]
+    batches = (tape.dims(sample)[0][0], tape.dims(sample)[1][0])
+    batch = tape.op("Gather", tape.shape_of(sample), tape.int64([0]), axis=0)
+    if adjoint is None:
+        nothing = tape.op("Concat", batch, tape.int64([tap.units]), axis=0)
+        tape.op("Expand", tape.array(np.zeros(1, np.float32)), nothing, output=output)
+        return
+    product = tape.op("Mul", tap.tensor, adjoint)
+    if (dims[0][0], dims[1][0]) != batches:
+        _require_batches(tap, dims, batches)
+        rest = [tape.size_of(tap.tensor, other) for other in range(1, rank)]
+        product = tape.op("Reshape", product, tape.op("Concat", batch, tape.int64([-1]), *rest, axis=0))
+        rank, axis = rank + 1, axis + 1
+    total = tape.reduce("ReduceSum", product, [other for other in range(1, rank) if other != axis], keepdims=False)
+    _by_unit(tape, tap, total, output)
+
+
+def _by_unit(tape: Tape, tap: Tap, total: str, output: str) -> None:
+    dtype = tape.type_of(tap.tensor) or TensorProto.FLOAT
+    if dtype != TensorProto.FLOAT:
+        total = tape.op("Cast", total, to=TensorProto.FLOAT)
+    if tap.units == len(tap.labels) and np.array_equal(tap.labels, np.arange(tap.units)):
+        tape.op("Identity", total, output=output)
+        return
+    membership = (tap.labels[:, None] == np.arange(tap.units)[None, :]).astype(np.float32)
+    tape.op("MatMul", total, tape.array(membership), output=output)
+
+
+def _require_batches(tap: Tap, dims: tuple[tuple[int, ...], ...], batches: tuple[int, int]) -> None:
+    if any(shape[0] % batch for shape, batch in zip(dims, batches, strict=True)):
+        raise InputError(
+            f"tap {tap.name!r}: the first axis of {tap.tensor!r} (sizes {dims[0][0]} and {dims[1][0]}) is no multiple of the "
+            f"batch sizes {batches[0]} and {batches[1]}, so its rows cannot be told apart by sample"
+        )
+
+
+def _alive(model: Model, tensors: Sequence[str]) -> Model:
+    """The part of a model that computes ``tensors``; all graph inputs stay."""
+    view = GraphView(model)
+    for name in tensors:
+        if name not in view.producer and name not in view.graph_inputs:
+            raise InputError(f"the graph has no tensor {name!r} that depends on its inputs")
+    kept = view.ancestors(list(tensors))
+    proto = model.copy_proto()
+    del proto.graph.node[:]
+    proto.graph.node.extend(node.proto for node in view.nodes if node.index in kept)
+    del proto.graph.output[:]
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(tensors))
+    return model.with_proto(proto)
+
+
+def _drop_dead(model: Model) -> Model:
+    """Without nodes and initializers that no output needs."""
+    view = GraphView(model)
+    kept = view.ancestors(list(model.output_names))
+    proto = model.copy_proto()
+    del proto.graph.node[:]
+    proto.graph.node.extend(node.proto for node in view.nodes if node.index in kept)
+    del proto.graph.value_info[:]
+    used = {name for node in view.nodes if node.index in kept for name in node.inputs} | _captured_names(view, kept)
+    initializers: list[onnx.TensorProto] = [tensor for tensor in proto.graph.initializer if tensor.name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(initializers)
+    return model.with_proto(proto)
+
+
+def _captured_names(view: GraphView, kept: set[int]) -> set[str]:
+    return {name for name, uses in view.consumers.items() for node, slot in uses if slot < 0 and node.index in kept}

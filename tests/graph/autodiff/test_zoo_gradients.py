@@ -1,0 +1,134 @@
+"""Mask gradients of real exports against torch autograd."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxprune.graph.autodiff import GRADIENT, TARGET, WEIGHT, Link, Tap, gradient_model
+from onnxprune.graph.model import load
+from onnxprune.graph.view import GraphView
+from onnxprune.runtime.session import open_session
+from tests import zoo
+
+torch = pytest.importorskip("torch")
+
+_HEAD_MODULE = re.compile(r"attention\.output\.dense$|attention\.o_proj$|attn\.c_proj$|self_attn\.o_proj$")
+_FFN_MODULE = re.compile(r"layer\.\d+\.output\.dense$|mlp\.fc2$|mlp\.c_proj$|mlp\.down_proj$")
+
+
+def _sites(name: str) -> dict[str, tuple[Any, int]]:
+    """Tap name -> (torch module in front of which the mask acts, number of units)."""
+    architecture = name.split("-")[0]
+    found = {}
+    for path, module in zoo.torch_model(name).named_modules():
+        for pattern, kind, units in ((_HEAD_MODULE, "heads", zoo.HEADS[architecture]), (_FFN_MODULE, "ffn", zoo.FFN[architecture])):
+            if pattern.search(path):
+                found[f"{kind}.{path}"] = (module, units)
+    assert len(found) == 2 * zoo.LAYERS, sorted(found)
+    return found
+
+
+def _taps(name: str) -> list[Tap]:
+    model = load(zoo.path(name))
+    view = GraphView(model)
+    taps = []
+    for site, (module, units) in _sites(name).items():
+        weight = module.weight.detach().numpy()
+        weight = weight if type(module).__name__ == "Conv1D" else weight.T
+        labels = np.arange(len(weight)) // (len(weight) // units)
+        taps.append(Tap(site, _operand(view, weight), -1, labels, units))
+    return taps
+
+
+def _operand(view: GraphView, weight: np.ndarray) -> str:
+    """The tensor that is multiplied by this [in, out] weight."""
+    for node in view.nodes:
+        if node.op in ("MatMul", "Gemm") and len(node.inputs) > 1:
+            value = _value(view, node.inputs[1])
+            if value is None:
+                continue
+            value = value.T if node.attrs.get("transB") else value
+            if value.shape == weight.shape and np.array_equal(value, weight):
+                return node.inputs[0]
+    raise AssertionError("no product with this weight in the graph")
+
+
+def _value(view: GraphView, name: str) -> np.ndarray | None:
+    producer = view.producer.get(name)
+    if producer is not None and producer.op == "Transpose":
+        inner = _value(view, producer.inputs[0])
+        return None if inner is None else inner.T
+    if producer is not None and producer.op == "Identity":
+        return _value(view, producer.inputs[0])
+    return view.value(name)
+
+
+def _reference(name: str, feeds: dict[str, np.ndarray], target: np.ndarray, weight: np.ndarray, link: Link) -> dict[str, np.ndarray]:
+    batch = len(target)
+    masks, handles = {}, []
+    for site, (module, units) in _sites(name).items():
+        mask = masks[site] = torch.ones(batch, units, requires_grad=True)
+
+        def multiply(module: Any, inputs: tuple[Any, ...], mask: Any = mask) -> tuple[Any, ...]:
+            (x,) = inputs
+            spread = mask.repeat_interleave(x.shape[-1] // mask.shape[1], dim=1)
+            return (x * spread.reshape(batch, *[1] * (x.ndim - 2), -1),)
+
+        handles.append(module.register_forward_pre_hook(multiply))
+    try:
+        output = zoo.forward(name, feeds)
+        wanted, kept = torch.from_numpy(target), torch.from_numpy(weight)
+        if link == "softmax":
+            loss = -(kept * (wanted * torch.log_softmax(output, -1)).sum(-1)).sum()
+        else:
+            loss = 0.5 * (kept * ((output - wanted) ** 2).sum(-1)).sum()
+        gradients = torch.autograd.grad(loss, list(masks.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: gradient.numpy() for site, gradient in zip(masks, gradients, strict=True)}
+
+
+def _target(name: str, shape: tuple[int, ...], link: Link, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    if link == "identity":
+        target = rng.standard_normal(shape).astype(np.float32)
+    else:
+        target = np.eye(shape[-1], dtype=np.float32)[rng.integers(0, shape[-1], shape[:-1])]
+    return target, rng.integers(1, 3, shape[:-1]).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_mask_gradients_equal_autograd_at_two_sizes(name: str) -> None:
+    link: Link = "identity" if name.startswith("minilm") else "softmax"
+    taps = _taps(name)
+    model = gradient_model(load(zoo.path(name)), taps, zoo.OUTPUTS[name.split("-")[0]], link)
+    session = open_session(model)
+    assert model.output_names == tuple(GRADIENT + tap.name for tap in taps)
+    for batch, seq, seed in ((3, 11, 0), (2, 6, 1)):
+        feeds = zoo.feeds(name, batch, seq, seed)
+        shape = tuple(zoo.forward(name, feeds).shape)
+        target, weight = _target(name, shape, link, seed)
+        inputs = {key: value for key, value in feeds.items() if key in model.input_names} | {TARGET: target, WEIGHT: weight}
+        results = session.run(None, inputs)
+        for (site, expected), ours in zip(_reference(name, feeds, target, weight, link).items(), results, strict=True):
+            assert ours.shape == expected.shape
+            error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+            assert error <= 1e-5, f"{site} at batch {batch}, sequence {seq}"
+
+
+def test_gradient_graph_shares_weights_and_leaves_the_model_alone() -> None:
+    name = "bert-sdpa-do18"
+    model = load(zoo.path(name))
+    before = model.proto.SerializeToString(deterministic=True)
+    made = gradient_model(model, _taps(name), "logits", "softmax")
+    assert model.proto.SerializeToString(deterministic=True) == before
+    shared = set(made.weights) & set(model.weights)
+    assert shared
+    assert all(made.weights[key] is model.weights[key] for key in shared)
+    onnx.checker.check_model(made.to_proto())
