@@ -225,6 +225,7 @@ def _from_bytes(raw: bytes, path: Path | None) -> Model:
         raise InputError(f"{label} is not an ONNX file, or it is truncated: {error}") from error
     if not proto.graph.node or not proto.graph.output or not proto.opset_import:
         raise InputError(f"{label} holds no ONNX graph (no nodes, outputs or opset): is it truncated or another format?")
+    _check_names(proto.graph, label)
     digest = hashlib.sha256(raw)
     size = len(raw)
     del raw
@@ -236,6 +237,14 @@ def _from_bytes(raw: bytes, path: Path | None) -> Model:
         size += file.stat().st_size
     weights = _take_weights(proto, path)
     return Model(proto, weights, Source(path, digest.hexdigest(), size))
+
+
+def _check_names(graph: onnx.GraphProto, label: str) -> None:
+    """Names that are not UTF-8 (protobuf hands them out as bytes) mean a damaged file, and break the runtime later."""
+    groups = [[value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)]]
+    groups += [[node.name, node.op_type, node.domain, *node.input, *node.output] for node in graph.node]
+    if any(not isinstance(name, str) for group in groups for name in group):
+        raise InputError(f"{label} is corrupt: it holds names that are not text")
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:

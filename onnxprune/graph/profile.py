@@ -147,7 +147,10 @@ def _probe(model: Model, view: GraphView) -> tuple[onnx.ModelProto, Watched]:
 
 def _integer_tensors(model: Model) -> set[str]:
     """Tensors that type inference says are int64."""
-    inferred = onnx.shape_inference.infer_shapes(model.proto)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model.proto)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+        raise InputError(f"the graph is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
     return {
         value.name
         for value in (*inferred.graph.value_info, *inferred.graph.output)

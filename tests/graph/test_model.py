@@ -142,6 +142,13 @@ def test_an_initializer_that_does_not_fill_its_shape_is_refused() -> None:
         load(proto.SerializeToString())
 
 
+def test_names_that_are_not_text_are_refused() -> None:
+    raw = linear_proto().SerializeToString()
+    assert raw.count(b"small") == 2
+    with pytest.raises(InputError, match="names that are not text"):
+        load(raw.replace(b"small", b"sm\xffll"))
+
+
 def test_missing_external_data_names_the_file(tmp_path: Path) -> None:
     path = external_model(tmp_path)
     (tmp_path / "weights.bin").unlink()

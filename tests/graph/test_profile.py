@@ -97,6 +97,13 @@ def test_a_failure_at_one_size_only_is_not_taken_for_a_constant_shape() -> None:
     assert profile.dim("y", 1) == 7
 
 
+def test_a_node_with_an_output_too_many_is_an_input_error() -> None:
+    model = detour()
+    model.proto.graph.node[0].output.append("surplus")
+    with pytest.raises(InputError):
+        take_profile(model)
+
+
 def test_shapes_of_gives_inputs_and_all_node_outputs() -> None:
     shapes = shapes_of(detour(), {"x": np.zeros((2, 5, 12), np.float32)})
     assert shapes == {"split": (10, 4, 3), "size": (3,), "y": (2, 5, 12), "x": (2, 5, 12)}
