@@ -10,8 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import InputError
 from onnxprune.graph.macs import count_macs, total_macs
-from onnxprune.graph.model import Model
+from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import shapes_of
+from tests import zoo
 
 
 def one_node(op: str, inputs: dict[str, tuple[int, ...] | None], output: tuple[int, ...], domain: str = "", **attributes: Any) -> int:
@@ -140,3 +141,14 @@ def test_nodes_of_one_name_are_added_up() -> None:
 def test_an_unknown_shape_is_named() -> None:
     with pytest.raises(InputError, match="shape of 'a' at MatMul"):
         count_macs(two_layers(), {"x": (3, 4), "y": (3, 2)})
+
+
+@pytest.mark.parametrize("name", ["bert-sdpa-do23", "bert-eager-ts17"])
+def test_real_exports_count_what_the_architecture_says(name: str) -> None:
+    feeds = zoo.feeds(name, batch=2, seq=7)
+    model = load(zoo.path(name))
+    hidden, ffn, tokens = zoo.HIDDEN["bert"], zoo.FFN["bert"], 2 * 7
+    layer = tokens * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * 2 * 7 * 7 * hidden
+    shapes = shapes_of(model, feeds)
+    classes = shapes[model.output_names[0]][-1]
+    assert total_macs(model, shapes) == zoo.LAYERS * layer + 2 * hidden * hidden + 2 * hidden * classes
