@@ -1,0 +1,209 @@
+"""What is being preserved: the output that matters, the loss that measures it, and targets that need no labels.
+
+The loss against the dense model's own distribution has no gradient at the dense model. Labels drawn from that distribution do (their
+squared gradients are the true Fisher information), and so does a random displacement of an embedding; both need no annotation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from onnxprune.calibration.checks import nearest
+from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
+from onnxprune.errors import InputError
+from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.view import GraphView
+
+Link = Literal["softmax", "identity"]
+LossSource = Literal["sampled", "labels"]
+
+_CLASSES = re.compile(r"logit|score|prob|class|label|start|end", re.IGNORECASE)
+_FEATURES = re.compile(r"embed|hidden|pool|feature|sentence|vector|representation", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``tensor`` (the graph output ``output``, or what enters its final Softmax) is compared through ``link``.
+
+    ``token_level``: one prediction per token ([batch, tokens, classes]); ``first_token``: the output depends on the first token's row
+    alone at the end of the network; ``why`` explains the choice to the user.
+    """
+
+    output: str
+    tensor: str
+    link: Link
+    width: int
+    token_level: bool
+    first_token: bool
+    why: str
+
+
+def choose_objective(anatomy: Anatomy, output: str | None = None, labels: np.ndarray | None = None) -> Objective:
+    """Pick the output to preserve and the loss for it.
+
+    Raises:
+        InputError: there is no output of that name, or it is not a float tensor of rank 2 or more.
+    """
+    model, view, profile = anatomy.model, anatomy.view, anatomy.profile
+    candidates = {value.name: value for value in model.proto.graph.output}
+    if output is not None and output not in candidates:
+        raise InputError(f"the model has no output {output!r}; did you mean {nearest(output, candidates)!r}? (it has {', '.join(candidates)})")
+    name, why = (output, "chosen by --output") if output is not None else _default_output(model.proto.graph.output, view)
+    shape = profile.shape(name) or ()
+    if len(shape) < 2 or candidates[name].type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
+        raise InputError(f"output {name!r} has shape {list(shape)}; onnxprune needs a float output [batch, ..., values]; choose one with --output")
+    tensor = name
+    maker = view.producer[name]
+    if maker.op in ("Softmax", "LogSoftmax"):
+        tensor = maker.inputs[0]
+    link, reason = _link(view, name, shape, labels, maker.op in ("Softmax", "LogSoftmax"))
+    return Objective(name, tensor, link, shape[-1], len(shape) > 2, reads_first_token(anatomy, name), f"{why}; {reason}")
+
+
+def _default_output(outputs: Sequence[onnx.ValueInfoProto], view: GraphView) -> tuple[str, str]:
+    usable = [value.name for value in outputs if value.name in view.producer]
+    if not usable:
+        raise InputError("no output of the model is computed by it; nothing can be preserved")
+    if len(usable) == 1:
+        return usable[0], "the only output"
+    for pattern, word in ((re.compile("logit", re.IGNORECASE), "named like logits"), (re.compile("sentence|embed", re.IGNORECASE), "named like an embedding")):
+        for name in usable:
+            if pattern.search(name):
+                return name, f"{word}, first of {len(usable)} outputs"
+    return usable[0], f"the first of {len(usable)} outputs (choose another with --output)"
+
+
+def _link(view: GraphView, name: str, shape: tuple[int, ...], labels: np.ndarray | None, softmax: bool) -> tuple[Link, str]:
+    if softmax:
+        return "softmax", "it ends in a Softmax, so classes are preserved"
+    if shape[-1] == 1:
+        return "identity", "one value per sample, so the value itself is preserved"
+    if _CLASSES.search(name):
+        return "softmax", "its name says classes"
+    if _FEATURES.search(name):
+        return "identity", "its name says features, so the vector itself is preserved"
+    if labels is not None and labels.dtype.kind == "i":
+        return "softmax", "integer labels were given"
+    if _ends_in_matrix(view, name):
+        return "softmax", "it ends in a linear layer, so it is taken for class scores"
+    return "identity", "it does not end in a linear layer, so it is taken for a vector"
+
+
+def _ends_in_matrix(view: GraphView, name: str) -> bool:
+    node = view.producer.get(name)
+    for _ in range(4):
+        if node is None:
+            return False
+        if node.op in ("MatMul", "Gemm"):
+            return any(view.is_constant(operand) for operand in node.inputs[:2])
+        if node.op not in ("Add", "Identity", "Cast", "Squeeze", "Reshape"):
+            return False
+        activations = [operand for operand in node.inputs if not view.is_constant(operand)]
+        node = view.producer.get(activations[0]) if activations else None
+    return False
+
+
+def reads_first_token(anatomy: Anatomy, output: str) -> bool:
+    """Whether the output sees the last sublayer's result only through a selection of token 0."""
+    view, profile = anatomy.view, anatomy.profile
+    if not anatomy.sites:
+        return False
+    last = max(anatomy.sites, key=lambda site: site.order).consumers[0].output
+    selections = [
+        node
+        for node in view.nodes
+        if node.op in ("Gather", "Slice") and not view.is_constant(node.inputs[0]) and _selects_first(view, node, profile.shape(node.inputs[0]))
+    ]
+    if not selections:
+        return False
+    blocked = {node.index for node in selections}
+    pending, seen = [last], set()
+    while pending:
+        name = pending.pop()
+        if name == output:
+            return False
+        for node, _ in view.consumers.get(name, ()):
+            if node.index not in seen and node.index not in blocked and node.op != "Shape":
+                seen.add(node.index)
+                pending.extend(node.outputs)
+    return True
+
+
+def _selects_first(view: GraphView, node, shape: tuple[int, ...] | None) -> bool:  # type: ignore[no-untyped-def]
+    if shape is None or len(shape) != 3:
+        return False
+    if node.op == "Gather":
+        indices = view.value(node.inputs[1])
+        return node.attrs.get("axis", 0) == 1 and indices is not None and indices.size == 1 and int(indices.reshape(-1)[0]) == 0
+    operands = [view.value(name) if name else None for name in node.inputs[1:4]]
+    if len(operands) < 3 or any(array is None for array in operands):
+        return False
+    starts, ends, axes = (np.atleast_1d(array) for array in operands if array is not None)
+    return any(int(axis) % 3 == 1 and int(start) == 0 and int(end) == 1 for start, end, axis in zip(starts, ends, axes, strict=True))
+
+
+class Targets:
+    """Targets of every batch, from the dense model's outputs (or from labels); drawn anew, reproducibly, for each round."""
+
+    def __init__(self, objective: Objective, outputs: Sequence[np.ndarray], batches: Sequence[Batch], source: LossSource, seed: int) -> None:
+        self.objective, self.batches, self.source, self.seed = objective, batches, source, seed
+        self.outputs = outputs
+        self.spread = _spread(outputs) if objective.link == "identity" else 0.0
+
+    def feeds(self, number: int, draw: int) -> dict[str, np.ndarray]:
+        """``onnxprune.target`` and ``onnxprune.weight`` of batch ``number`` in draw ``draw``."""
+        batch, dense = self.batches[number], self.outputs[number]
+        rng = np.random.default_rng([self.seed, draw, number])
+        weight = self._weight(batch, dense.shape[:-1])
+        if self.objective.link == "identity":
+            target = dense + self.spread * rng.standard_normal(dense.shape, dtype=np.float32)
+        elif self.source == "labels":
+            labels, weight = self._labels(batch, weight)
+            target = np.eye(dense.shape[-1], dtype=np.float32)[labels]
+        else:
+            drawn = (dense + rng.gumbel(size=dense.shape)).argmax(axis=-1)
+            target = np.zeros(dense.shape, np.float32)
+            np.put_along_axis(target, drawn[..., None], 1, axis=-1)
+        return {"onnxprune.target": target.astype(np.float32), "onnxprune.weight": weight}
+
+    def _weight(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
+        weight = np.ones(shape, np.float32) * batch.valid.reshape([-1] + [1] * (len(shape) - 1))
+        if len(shape) == 2 and batch.token_mask is not None and batch.token_mask.shape == shape:
+            weight = weight * batch.token_mask
+        return weight.astype(np.float32)
+
+    def _labels(self, batch: Batch, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert batch.labels is not None
+        ignored = batch.labels == IGNORED_LABEL
+        return np.where(ignored, 0, batch.labels).astype(np.int64), weight * ~ignored
+
+
+def _spread(outputs: Sequence[np.ndarray]) -> float:
+    """Standard deviation of the outputs: the size of the displacement that probes an embedding."""
+    count = sum(array.size for array in outputs)
+    mean = sum(float(array.sum(dtype=np.float64)) for array in outputs) / count
+    return float(np.sqrt(sum(float(((array - mean) ** 2).sum(dtype=np.float64)) for array in outputs) / count))
+
+
+def check_loss(objective: Objective, data: CalibrationData, source: LossSource) -> None:
+    """Labels can only be the loss when there are labels that fit.
+
+    Raises:
+        InputError: no labels, or labels that are not classes of this output.
+    """
+    if source != "labels":
+        return
+    if data.labels is None:
+        raise InputError(f"--loss labels needs a 'labels' array in {data.origin}; drop the option to prune without labels")
+    if objective.link != "softmax":
+        raise InputError(f"--loss labels needs class scores, but output {objective.output!r} is taken for a vector; drop the option")
+    from onnxprune.calibration.checks import check_labels
+
+    check_labels(data.labels, objective.width)

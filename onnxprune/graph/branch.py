@@ -1,0 +1,58 @@
+"""From the product that reads a site to the residual stream: what lies between is linear, so an error there is an error here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.graph.view import GraphView, Node
+
+_PASSING = frozenset("Identity Cast Dropout Reshape Squeeze Unsqueeze Flatten".split())
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """The way from a product to the sum it joins.
+
+    ``total`` is the tensor after the residual addition, ``gain`` the product of constant scales on the way (LayerScale), ``bias`` the
+    (node index, slot) of the first bias on the way that is as wide as the product, ``bias_gain`` the scales before it.
+    """
+
+    total: str
+    gain: np.ndarray
+    bias: tuple[int, int] | None
+    bias_gain: np.ndarray
+
+
+def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
+    """Follow the output of ``node`` to the first addition with another activation; None if something else comes first."""
+    gain = np.ones(width)
+    bias: tuple[int, int] | None = None
+    bias_gain = gain
+    if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2] and node.attrs.get("beta", 1.0) == 1.0:
+        bias = (node.index, 2)
+    tensor = node.outputs[0]
+    for _ in range(12):
+        readers = view.consumers.get(tensor, [])
+        if len(readers) != 1 or readers[0][1] < 0:
+            return None
+        reader, slot = readers[0]
+        others = [(position, name) for position, name in enumerate(reader.inputs) if name and position != slot]
+        if reader.op in ("Add", "Sum"):
+            if any(not view.is_constant(name) for _, name in others):
+                return Branch(reader.outputs[0], gain, bias, bias_gain)
+            constant = view.value(others[0][1]) if len(others) == 1 else None
+            if constant is None:
+                return None
+            if bias is None and constant.size == width and constant.shape[-1] == width:
+                bias, bias_gain = (reader.index, others[0][0]), gain
+        elif reader.op == "Mul" and len(others) == 1:
+            constant = view.value(others[0][1])
+            if constant is None or constant.size not in (1, width):
+                return None
+            gain = gain * constant.reshape(-1)
+        elif reader.op not in _PASSING:
+            return None
+        tensor = reader.outputs[0]
+    return None

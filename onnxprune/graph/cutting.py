@@ -1,0 +1,107 @@
+"""Pieces of a graph: the part between what is known already and what is wanted next, as a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxprune.graph.model import Model, placeholder
+from onnxprune.graph.view import GraphView
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``model`` computes ``outputs`` from ``inputs``; None for the model if everything wanted is known already."""
+
+    model: Model | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Frontier:
+    """Walks a graph from its inputs to its outputs in pieces; tracks which nodes are done and which tensors later pieces still need."""
+
+    def __init__(self, view: GraphView) -> None:
+        self.view = view
+        self.done: set[int] = set()
+
+    def advance(self, wanted: Iterable[str], passed: Iterable[str]) -> tuple[list[int], tuple[str, ...]]:
+        """Plan one piece.
+
+        Args:
+            wanted: tensors this piece must deliver.
+            passed: tensors whose ancestors count as done afterwards (a subset of what is computed).
+
+        Returns:
+            Indices of the nodes to run, and the tensors that nodes still to come will read.
+        """
+        wanted, passed = list(wanted), list(passed)
+        todo = sorted((self.view.ancestors(wanted) | self.view.ancestors(passed)) - self.done)
+        self.done |= self.view.ancestors(passed)
+        live = {name for index in self.done for name in self.view.nodes[index].outputs if name and self._needed(name)}
+        return todo, tuple(sorted(live))
+
+    def _needed(self, name: str) -> bool:
+        return name in self.view.graph_outputs or any(node.index not in self.done for node, _ in self.view.consumers.get(name, ()))
+
+
+def cut_piece(view: GraphView, nodes: list[int], outputs: Iterable[str], known: Mapping[str, np.ndarray]) -> Piece:
+    """A model of some nodes of a graph; ``known`` gives an example of every tensor that may be fed."""
+    model = view.model
+    chosen = [view.nodes[index] for index in nodes]
+    made = {name for node in chosen for name in node.outputs if name}
+    delivered = tuple(name for name in dict.fromkeys(outputs) if name in made)
+    if not delivered:
+        return Piece(None, (), ())
+    read = dict.fromkeys(name for node in chosen for name in node.inputs if name and name not in made)
+    fed = [name for name in read if name in known]
+    proto = onnx.ModelProto()
+    proto.CopyFrom(onnx.ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import))
+    proto.graph.name = "piece"
+    proto.graph.node.extend(node.proto for node in chosen)
+    proto.graph.initializer.extend(tensor for tensor in model.proto.graph.initializer if tensor.name in read)
+    for name in fed:
+        example = known[name]
+        dims = [f"{name}.{axis}" for axis in range(example.ndim)]
+        proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(example.dtype), dims))
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in delivered)
+    weights = {name: model.weights[name] for name in read if name in model.weights}
+    return Piece(Model(proto, weights), tuple(fed), delivered)
+
+
+def replace_constants(model: Model, changes: Mapping[tuple[int, int], np.ndarray], suffix: str) -> Model:
+    """New values for the constants that node ``index`` reads at ``slot``; other readers of the same initializer keep the old ones."""
+    proto = model.copy_proto()
+    taken = {tensor.name for tensor in proto.graph.initializer}
+    weights: dict[str, np.ndarray] = {}
+    for (index, slot), array in sorted(changes.items()):
+        node = proto.graph.node[index]
+        name = f"{node.input[slot]}{suffix}"
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        node.input[slot] = name
+        tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        placeholder(tensor, array.nbytes)
+        proto.graph.initializer.append(tensor)
+        weights[name] = np.ascontiguousarray(array)
+    read = {name for node in proto.graph.node for name in node.input} | {value.name for value in proto.graph.output}
+    captured = {name for name in taken if name not in read and _inside(proto, name)}
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name in read or tensor.name in captured]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    return model.with_proto(proto, weights)
+
+
+def _inside(proto: onnx.ModelProto, name: str) -> bool:
+    """Whether a control-flow body of the graph reads ``name``."""
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else list(attribute.graphs):
+                if any(name in child.input for child in body.node):
+                    return True
+    return False

@@ -1,0 +1,214 @@
+"""Gradual pruning: score the current student, cut to the next budget, re-fit; repeat.
+
+Scores measured once on the dense model mislead at high compression. Each round measures them again on the pruned and re-fitted student,
+with labels drawn from the dense teacher, and cuts the prunable cost by the same factor, so k rounds end at the budget asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxprune.calibration.data import Batch
+from onnxprune.calibration.objective import Objective, Targets
+from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.model import Model
+from onnxprune.graph.slicing import Kept, slice_model
+from onnxprune.importance.fisher import diagonal, rearrange
+from onnxprune.importance.registry import CRITERIA
+from onnxprune.passes.refit import Changes, SiteFit, refit
+from onnxprune.passes.scoring import local_scores, mask_gradients
+from onnxprune.runtime.session import RuntimeOptions
+from onnxprune.search.costs import CostTable
+from onnxprune.search.knapsack import Options, solve
+from onnxprune.search.sweep import sweep
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+CLASS_ROW_WEIGHT = 1.0
+"""How much more than another token the first one weighs in a re-fit of a model that classifies from it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to decide. ``align``: FFN widths are multiples of this when the cost is measured time."""
+
+    importance: str = "fisher"
+    compensation: str = "refit"
+    rounds: int = 4
+    align: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Workbench:
+    """What every round works with; nothing in it changes."""
+
+    anatomy: Anatomy
+    sites: tuple[Site, ...]
+    objective: Objective
+    batches: Sequence[Batch]
+    targets: Targets
+    options: RuntimeOptions
+    recipe: Recipe
+    progress: Progress | None = None
+
+    def report(self, what: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A pruned model on its way: which units it keeps, and its compensated graph (not finished)."""
+
+    kept: dict[str, np.ndarray]
+    model: Model
+    changes: Changes = field(default_factory=dict)
+    fits: tuple[SiteFit, ...] = field(default=())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {site: len(units) for site, units in self.kept.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Saliency of every kept unit of a student; ``gradients`` only when the criterion rearranges."""
+
+    saliency: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray] | None = None
+
+
+def dense_student(bench: Workbench) -> Student:
+    return Student({site.name: np.arange(site.units) for site in bench.sites}, bench.anatomy.model)
+
+
+def score(bench: Workbench, student: Student, draw: int) -> Scores:
+    """Measure the importance of the units of ``student``. ``draw`` selects the random targets of this round."""
+    name = bench.recipe.importance
+    if CRITERIA[name].needs != "gradients":
+        scores = local_scores(bench.anatomy, student.model, student.kept, bench.sites, name, bench.batches, bench.options)
+        return Scores(scores)
+    gradients = mask_gradients(
+        bench.anatomy,
+        student.model,
+        student.kept,
+        bench.sites,
+        bench.objective,
+        bench.targets,
+        draw,
+        bench.options,
+        bench.report("mask gradients"),
+    )
+    saliency = {site.name: diagonal(gradients[site.name]) if site.name in gradients else np.zeros(0) for site in bench.sites}
+    return Scores(saliency, gradients if name == "block-fisher" else None)
+
+
+def choose(bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float) -> dict[str, np.ndarray] | None:
+    """Units to keep within ``budget`` (total cost, as ``table`` counts it); None if no choice fits."""
+    room = budget - table.fixed
+    if table.unit == "ms":
+        positions = _by_knapsack(bench, scores, table, room)
+    else:
+        positions = _by_price(bench, scores, table, room)
+    if positions is None:
+        return None
+    if scores.gradients is not None:
+        for site, keep in positions.items():
+            if site in scores.gradients:
+                units = scores.gradients[site].shape[1]
+                removed = rearrange(scores.gradients[site], np.setdiff1d(np.arange(units), keep))
+                positions[site] = np.setdiff1d(np.arange(units), removed)
+    return {site.name: student.kept[site.name][positions[site.name]] for site in bench.sites}
+
+
+def _by_price(bench: Workbench, scores: Scores, table: CostTable, room: float) -> dict[str, np.ndarray] | None:
+    """Counted costs: one price per kind has an exact answer; otherwise the knapsack."""
+    kind = {site.name: site.kind for site in bench.sites}
+    prices: dict[str, set[float]] = {}
+    for site in bench.sites:
+        prices.setdefault(site.kind, set()).add(round(float(table.curves[site.name][1]), 6))
+    if len(prices) <= 2 and all(len(values) == 1 for values in prices.values()):
+        return sweep(scores.saliency, kind, {name: next(iter(values)) for name, values in prices.items()}, room)
+    return _by_knapsack(bench, scores, table, room)
+
+
+def _by_knapsack(bench: Workbench, scores: Scores, table: CostTable, room: float) -> dict[str, np.ndarray] | None:
+    offers, sizes, orders = [], [], []
+    for site in bench.sites:
+        saliency = scores.saliency[site.name]
+        order = np.argsort(-saliency, kind="stable")
+        count = len(saliency)
+        step = bench.recipe.align if site.kind == "ffn" and table.unit == "ms" else 1
+        kept = np.unique(np.concatenate([np.arange(0, count + 1, step), [count]]))
+        lost = np.concatenate([[0.0], np.cumsum(saliency[order][::-1])])[::-1]
+        offers.append(Options(table.curves[site.name][kept], lost[kept]))
+        sizes.append(kept)
+        orders.append(order)
+    picked = solve(offers, room)
+    if picked is None:
+        return None
+    return {site.name: np.sort(orders[i][: sizes[i][picked[i]]]) for i, site in enumerate(bench.sites)}
+
+
+def cut(bench: Workbench, kept: Kept) -> Student:
+    """Slice the dense model to ``kept`` and compensate it."""
+    model = slice_model(bench.anatomy, kept)
+    changes: Changes = {}
+    fits: tuple[SiteFit, ...] = ()
+    if bench.recipe.compensation != "none" and model is not bench.anatomy.model:
+        model, changes, fits = refit(
+            bench.anatomy,
+            model,
+            bench.batches,
+            bench.options,
+            method="scale" if bench.recipe.compensation == "scale" else "refit",
+            row_weight=_class_row(bench) if bench.objective.first_token and CLASS_ROW_WEIGHT != 1 else None,
+            progress=bench.report("re-fit"),
+        )
+    return Student({name: np.asarray(units) for name, units in kept.items()}, model, changes, fits)
+
+
+def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
+    def weigh(batch: Batch) -> np.ndarray | None:
+        rows = batch.token_mask.shape[1] if batch.token_mask is not None else None
+        if rows is None:
+            shape = bench.anatomy.profile.shape(bench.sites[-1].consumers[0].tensor)
+            rows = shape[1] if shape and len(shape) == 3 else None
+        if rows is None:
+            return None
+        weight = np.ones((len(batch), rows), np.float32)
+        weight[:, 0] = CLASS_ROW_WEIGHT
+        return weight.reshape(-1)
+
+    return weigh
+
+
+def descend(bench: Workbench, table: CostTable, budget: float, rounds: int) -> tuple[Student, Student, Scores] | None:
+    """k rounds from the dense model to ``budget``.
+
+    Returns:
+        (final student, the student before the last cut, its scores): the last two allow another last cut without scoring again.
+        None if the budget cannot be met.
+    """
+    student = dense_student(bench)
+    prunable = table.full - table.fixed
+    share = (budget - table.fixed) / prunable
+    if share <= 0 and budget < table.floor:
+        return None
+    before, scores = student, Scores({})
+    for number in range(1, rounds + 1):
+        goal = table.fixed + prunable * max(share, 1e-9) ** (number / rounds) if number < rounds else budget
+        before, scores = student, score(bench, student, number)
+        kept = choose(bench, student, scores, table, max(goal, table.floor))
+        if kept is None:
+            return None
+        student = cut(bench, kept)
+        log.info("round %d: cost %.4g of %.4g %s", number, table.predict(student.counts), table.full, table.unit)
+    return student, before, scores

@@ -1,0 +1,122 @@
+"""Scores of the units that are still there, measured on the current student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from onnxprune.calibration.data import Batch
+from onnxprune.calibration.objective import Objective, Targets
+from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.autodiff import Tap, gradient_model
+from onnxprune.graph.instrument import with_outputs
+from onnxprune.graph.model import Model
+from onnxprune.graph.profile import take_profile
+from onnxprune.graph.slicing import Kept
+from onnxprune.graph.view import GraphView
+from onnxprune.importance import local
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
+
+GRAD = "onnxprune.grad."
+
+
+def student_labels(site: Site, kept: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Labels of an axis after slicing: the position of each unit among the kept ones."""
+    number = np.full(site.units + 1, -2)
+    number[-1] = -1
+    number[kept] = np.arange(len(kept))
+    mapped = number[labels]
+    return mapped[mapped != -2]
+
+
+def mask_gradients(
+    anatomy: Anatomy,
+    student: Model,
+    kept: Kept,
+    sites: Sequence[Site],
+    objective: Objective,
+    targets: Targets,
+    draw: int,
+    options: RuntimeOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Per-sample mask gradients of the kept units: site -> float32 [samples, kept units]."""
+    taps = [
+        Tap(f"{site.name}#{position}", consumer.tensor, consumer.axis, student_labels(site, kept[site.name], consumer.labels), len(kept[site.name]))
+        for site in sites
+        if len(kept[site.name])
+        for position, consumer in enumerate(_distinct(site))
+    ]
+    model = gradient_model(student, taps, objective.tensor, objective.link, take_profile(student))
+    session = open_session(model, options)
+    collected: dict[str, list[np.ndarray]] = {tap.name: [] for tap in taps}
+    for number, batch in enumerate(targets.batches):
+        values = run(session, {**batch.feeds, **targets.feeds(number, draw)}, [GRAD + tap.name for tap in taps])
+        for tap, value in zip(taps, values, strict=True):
+            collected[tap.name].append(value[batch.valid])
+        if progress:
+            progress(number + 1, len(targets.batches))
+    result: dict[str, np.ndarray] = {}
+    for tap in taps:
+        name = tap.name.rsplit("#", 1)[0]
+        rows = np.concatenate(collected.pop(tap.name))
+        result[name] = result[name] + rows if name in result else rows
+    return result
+
+
+def _distinct(site: Site):  # type: ignore[no-untyped-def]
+    """Consumers by distinct activation: two matrices that read one tensor share a tap."""
+    return {consumer.tensor: consumer for consumer in site.consumers}.values()
+
+
+def gram_matrices(
+    student: Model, sites: Sequence[Site], kept: Kept, batches: Sequence[Batch], options: RuntimeOptions
+) -> dict[str, np.ndarray]:
+    """X'X of what the consumer of each site reads, over real tokens: site -> float64 [kept positions, kept positions]."""
+    alive = [site for site in sites if len(kept[site.name])]
+    tensors = [site.consumers[0].tensor for site in alive]
+    session = open_session(with_outputs(student, tensors, keep=False), options)
+    sums: dict[str, np.ndarray] = {}
+    for batch in batches:
+        for site, value in zip(alive, run(session, batch.feeds, tensors), strict=True):
+            x = np.moveaxis(value, site.consumers[0].axis, -1)
+            x = x.reshape(-1, x.shape[-1])
+            if batch.token_mask is not None and batch.token_mask.size == len(x):
+                x = x[batch.token_mask.reshape(-1)]
+            gram = (x.T @ x).astype(np.float64)
+            sums[site.name] = sums[site.name] + gram if site.name in sums else gram
+    return sums
+
+
+def local_scores(
+    anatomy: Anatomy,
+    student: Model,
+    kept: Kept,
+    sites: Sequence[Site],
+    criterion: str,
+    batches: Sequence[Batch],
+    options: RuntimeOptions,
+) -> dict[str, np.ndarray]:
+    """Scores that need no gradient: magnitude, energy, obs."""
+    view = GraphView(student)
+    by_name = {node.name: node for node in view.nodes}
+    grams: Mapping[str, np.ndarray] = {} if criterion == "magnitude" else gram_matrices(student, sites, kept, batches, options)
+    scores = {}
+    for site in sites:
+        count = len(kept[site.name])
+        if not count:
+            scores[site.name] = np.zeros(0)
+            continue
+        consumer = site.consumers[0]
+        weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
+        assert weight is not None
+        rows = weight if consumer.leaf.axis == 0 else weight.T
+        labels = student_labels(site, kept[site.name], consumer.labels)
+        if criterion == "magnitude":
+            scores[site.name] = local.magnitude(rows, labels, count)
+        elif criterion == "energy":
+            scores[site.name] = local.energy(rows, grams[site.name], labels, count)
+        else:
+            scores[site.name] = local.obs(rows, grams[site.name], labels, count)
+    return scores

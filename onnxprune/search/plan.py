@@ -1,0 +1,149 @@
+"""The decision as a file: what goes, why, and what was predicted. Applying it needs no data and gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxprune.errors import InputError, Refusal
+from onnxprune.graph.model import atomic_file
+
+SCHEMA = "onnxprune.plan/1"
+Changes = Mapping[tuple[str, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pruning decision.
+
+    ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow; ``changes`` the compensated
+    constants by (node name, input slot), stored beside the JSON file as ``<name>.npz`` and covered by a hash in it.
+    """
+
+    version: str
+    input_sha256: str
+    passes: tuple[str, ...]
+    rewrites: tuple[str, ...]
+    kept: Mapping[str, tuple[int, ...]]
+    units: Mapping[str, int]
+    target: str
+    predicted: Mapping[str, float]
+    recipe: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    refusals: tuple[Refusal, ...]
+    changes: Changes = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Units removed per site."""
+        return {site: self.units[site] - len(kept) for site, kept in self.kept.items()}
+
+    def explain(self) -> str:
+        """The decision in plain text, one line a site."""
+        width = max((len(site) for site in self.units), default=4)
+        lines = [f"target {self.target}; passes {', '.join(self.passes)}; then {', '.join(self.rewrites) or 'nothing'}"]
+        for site, units in self.units.items():
+            kept = len(self.kept[site])
+            lines.append(f"{site:<{width}}  keeps {kept:>5} of {units:>5}  {'#' * round(20 * kept / units):<20}")
+        lines += [str(refusal) for refusal in self.refusals]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        content = {name: value for name, value in asdict_shallow(self).items() if name != "changes"}
+        content["refusals"] = [refusal.as_dict() for refusal in self.refusals]
+        content["kept"] = {site: list(units) for site, units in self.kept.items()}
+        return {"schema": SCHEMA, **content, "compensation_sha256": digest(self.changes)}
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the decision, compensation included."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``path`` (JSON) and, if there are compensated weights, ``<path without suffix>.npz`` beside it.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        target = Path(path)
+        try:
+            if self.changes:
+                arrays = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
+                with atomic_file(target.with_suffix(".npz")) as temporary, temporary.open("wb") as stream:
+                    np.savez(stream, **arrays)  # type: ignore[arg-type]
+            with atomic_file(target) as temporary:
+                temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write the plan to {target}: {error.strerror or error}") from error
+        return target
+
+
+def asdict_shallow(plan: Plan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+
+
+def digest(changes: Changes) -> str | None:
+    """Hash of compensated constants, None if there are none."""
+    if not changes:
+        return None
+    result = hashlib.sha256()
+    for (node, slot), array in sorted(changes.items()):
+        result.update(f"{node}:{slot}:{array.dtype.str}:{array.shape};".encode())
+        result.update(np.ascontiguousarray(array).tobytes())
+    return result.hexdigest()
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan and its compensated weights.
+
+    Raises:
+        InputError: missing, malformed, of another schema, or its weights do not match it.
+    """
+    source = Path(path)
+    try:
+        content = json.loads(source.read_text())
+    except FileNotFoundError:
+        raise InputError(f"plan not found: {source}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source} is not a plan: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise InputError(f"{source} is not a plan of schema {SCHEMA} (found {content.get('schema') if isinstance(content, dict) else 'no object'})")
+    wanted = content.pop("compensation_sha256", None)
+    content.pop("schema")
+    try:
+        plan = Plan(
+            **{
+                **content,
+                "passes": tuple(content["passes"]),
+                "rewrites": tuple(content["rewrites"]),
+                "kept": {site: tuple(int(unit) for unit in units) for site, units in content["kept"].items()},
+                "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
+                "changes": _read_changes(source.with_suffix(".npz")) if wanted else {},
+            }
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{source} is damaged: {type(error).__name__} {error}") from error
+    if digest(plan.changes) != wanted:
+        raise InputError(f"{source.with_suffix('.npz')} does not hold the weights that {source.name} was saved with; keep both files of one run together")
+    return plan
+
+
+def _read_changes(path: Path) -> dict[tuple[str, int], np.ndarray]:
+    if not path.is_file():
+        raise InputError(f"the plan needs its compensated weights: {path} is missing; copy it next to the plan")
+    with np.load(path, allow_pickle=False) as archive:
+        changes = {}
+        for key in archive.files:
+            node, slot = key.rsplit(":", 1)
+            changes[node, int(slot)] = archive[key]
+    return changes
+
+
+def recipe_dict(recipe: Any) -> dict[str, Any]:
+    return asdict(recipe)
