@@ -29,7 +29,7 @@ class CannotLower(InputError):
 
     def __init__(self, node: Node, why: str) -> None:
         domain = f"{node.domain}." if node.domain else ""
-        super().__init__(f"cannot spell out {domain}{node.op} (node {node.name or node.outputs[0]!r}): {why}; export the model without it")
+        super().__init__(f"cannot spell out {domain}{node.op} (node {(node.name or node.outputs[0])!r}): {why}; export the model without it")
 
 
 class Lowering(Emitter):

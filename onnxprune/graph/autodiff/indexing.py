@@ -54,14 +54,22 @@ def _start(tape: Tape, starts: np.ndarray | str, position: int, whole: str) -> s
         if size is not None:
             return tape.int64([min(max(start + size if start < 0 else start, 0), size)])
         # Against a dynamic size the clamp is left to the runtime.
-        bounded = tape.int64([max(start, -(2**40))])
         if start > 0:
-            return tape.op("Min", bounded, whole)
-        return tape.op("Max", tape.op("Add", bounded, whole), tape.int64([0]))
-    start_tensor = tape.op("Gather", starts, tape.int64([position]), axis=0)
-    negative = tape.op("Less", start_tensor, tape.int64([0]))
-    counted = tape.op("Where", negative, tape.op("Add", start_tensor, whole), start_tensor)
-    return tape.op("Min", tape.op("Max", counted, tape.int64([0])), whole)
+            return _smaller(tape, tape.int64([start]), whole)
+        return _at_least_zero(tape, tape.op("Add", tape.int64([max(start, -(2**40))]), whole))
+    given = tape.op("Gather", starts, tape.int64([position]), axis=0)
+    counted = tape.op("Where", tape.op("Less", given, tape.int64([0])), tape.op("Add", given, whole), given)
+    return _smaller(tape, _at_least_zero(tape, counted), whole)
+
+
+def _smaller(tape: Tape, left: str, right: str) -> str:
+    """Min of two integer tensors, in operators that take integers at every opset."""
+    return tape.op("Where", tape.op("Less", left, right), left, right)
+
+
+def _at_least_zero(tape: Tape, tensor: str) -> str:
+    zero = tape.int64([0])
+    return tape.op("Where", tape.op("Less", tensor, zero), zero, tensor)
 
 
 def _minus(tape: Tape, left: str, right: str) -> str:

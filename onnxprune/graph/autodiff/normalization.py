@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from onnx import TensorProto
+
 from onnxprune.graph.autodiff.rules import Adjoints, MissingGradient, Tape, rule
 from onnxprune.graph.view import Node
 
@@ -16,7 +18,9 @@ def layer_normalization(tape: Tape, node: Node, dy: str) -> Adjoints:
     for position, hint in ((1, "mean"), (2, "inverse_std")):
         if not outputs[position]:
             outputs[position] = tape.fresh(hint)
-    mean, inverse = outputs[1], outputs[2]
+    # Saved statistics are single precision whatever the type of x.
+    dtype = tape.type_of(x) or TensorProto.FLOAT
+    mean, inverse = (name if dtype == TensorProto.FLOAT else tape.op("Cast", name, to=dtype) for name in outputs[1:3])
     scaled = tape.op("Mul", dy, node.inputs[1])
     centred = tape.op("Sub", x, mean)
     shift = tape.reduce("ReduceMean", scaled, axes, keepdims=True)

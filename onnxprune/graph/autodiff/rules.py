@@ -26,7 +26,7 @@ class MissingGradient(InputError):
     def __init__(self, node: Node, why: str = "this operator has no derivative rule") -> None:
         domain = f"{node.domain}." if node.domain else ""
         super().__init__(
-            f"no gradient through {domain}{node.op} (node {node.name or node.outputs[0]!r}): {why}; "
+            f"no gradient through {domain}{node.op} (node {(node.name or node.outputs[0])!r}): {why}; "
             "use a method without gradients, or exclude the sites before this node"
         )
 
