@@ -29,7 +29,8 @@ class CannotLower(InputError):
 
     def __init__(self, node: Node, why: str) -> None:
         domain = f"{node.domain}." if node.domain else ""
-        super().__init__(f"cannot spell out {domain}{node.op} (node {(node.name or node.outputs[0])!r}): {why}; export the model without it")
+        where = f"{domain}{node.op} (node {(node.name or node.outputs[0])!r})"
+        super().__init__(f"cannot spell out {where}: {why}; export the model without it")
 
 
 class Lowering(Emitter):
@@ -146,6 +147,8 @@ def _attention(g: Emitter, node: Node) -> None:
     _check(node, covered | windows, inputs=6, outputs=3)
     like = node.inputs[0]
     dtype = g.type_of(like) or TensorProto.FLOAT
+    if dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16):
+        raise CannotLower(node, f"its element type {TensorProto.DataType.Name(dtype)}")
     if int(node.attrs.get("softmax_precision", dtype)) not in (dtype, TensorProto.FLOAT):
         raise CannotLower(node, "softmax in another precision than its inputs")
     flat = g.rank(like) == 3

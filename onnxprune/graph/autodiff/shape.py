@@ -60,9 +60,7 @@ def _plus(tape: Tape, left: str, right: str) -> str:
 def split(tape: Tape, node: Node, adjoints: Sequence[str | None]) -> Adjoints:
     rank = tape.rank(node.inputs[0])
     axis = int(node.attrs.get("axis", 0)) % rank
-    parts = [
-        adjoint or tape.zeros(tape.shape_of(name), like=node.inputs[0]) for adjoint, name in zip(adjoints, node.outputs, strict=True)
-    ]
+    parts = [adjoint or tape.zeros(tape.shape_of(name), like=node.inputs[0]) for adjoint, name in zip(adjoints, node.outputs, strict=True)]
     return {0: tape.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]}
 
 

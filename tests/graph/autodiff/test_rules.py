@@ -282,7 +282,8 @@ def _check(model: Model, shapes: dict[str, tuple[Any, ...]], sizes: Sequence[int
             np.testing.assert_allclose(gradient, expected, rtol=2e-6, atol=2e-7, err_msg=f"{name} at n={n}")
 
 
-def _central_difference(function: Callable[[Feeds], Any], feeds: Feeds, name: str, seeds: list[np.ndarray], step: float = 1e-5) -> np.ndarray:
+def _central_difference(function: Callable[[Feeds], Any], feeds: Feeds, name: str, seeds: list[np.ndarray]) -> np.ndarray:
+    step = 1e-5
     result = np.zeros_like(feeds[name])
     for index in np.ndindex(result.shape):
         values = []
