@@ -54,11 +54,15 @@ def choose_objective(anatomy: Anatomy, output: str | None = None, labels: np.nda
     model, view, profile = anatomy.model, anatomy.view, anatomy.profile
     candidates = {value.name: value for value in model.proto.graph.output}
     if output is not None and output not in candidates:
-        raise InputError(f"the model has no output {output!r}; did you mean {nearest(output, candidates)!r}? (it has {', '.join(candidates)})")
+        raise InputError(
+            f"the model has no output {output!r}; did you mean {nearest(output, candidates)!r}? (it has {', '.join(candidates)})"
+        )
     name, why = (output, "chosen by --output") if output is not None else _default_output(model.proto.graph.output, view)
     shape = profile.shape(name) or ()
     if len(shape) < 2 or candidates[name].type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
-        raise InputError(f"output {name!r} has shape {list(shape)}; onnxprune needs a float output [batch, ..., values]; choose one with --output")
+        raise InputError(
+            f"output {name!r} has shape {list(shape)}; onnxprune needs a float output [batch, ..., values]; choose one with --output"
+        )
     tensor = name
     maker = view.producer[name]
     if maker.op in ("Softmax", "LogSoftmax"):
@@ -73,7 +77,10 @@ def _default_output(outputs: Sequence[onnx.ValueInfoProto], view: GraphView) -> 
         raise InputError("no output of the model is computed by it; nothing can be preserved")
     if len(usable) == 1:
         return usable[0], "the only output"
-    for pattern, word in ((re.compile("logit", re.IGNORECASE), "named like logits"), (re.compile("sentence|embed", re.IGNORECASE), "named like an embedding")):
+    for pattern, word in (
+        (re.compile("logit", re.IGNORECASE), "named like logits"),
+        (re.compile("sentence|embed", re.IGNORECASE), "named like an embedding"),
+    ):
         for name in usable:
             if pattern.search(name):
                 return name, f"{word}, first of {len(usable)} outputs"
@@ -119,7 +126,9 @@ def reads_first_token(anatomy: Anatomy, output: str) -> bool:
     selections = [
         node
         for node in view.nodes
-        if node.op in ("Gather", "Slice") and not view.is_constant(node.inputs[0]) and _selects_first(view, node, profile.shape(node.inputs[0]))
+        if node.op in ("Gather", "Slice")
+        and not view.is_constant(node.inputs[0])
+        and _selects_first(view, node, profile.shape(node.inputs[0]))
     ]
     if not selections:
         return False
@@ -152,7 +161,9 @@ def _selects_first(view: GraphView, node, shape: tuple[int, ...] | None) -> bool
 class Targets:
     """Targets of every batch, from the dense model's outputs (or from labels); drawn anew, reproducibly, for each round."""
 
-    def __init__(self, objective: Objective, outputs: Sequence[np.ndarray], batches: Sequence[Batch], source: LossSource, seed: int) -> None:
+    def __init__(
+        self, objective: Objective, outputs: Sequence[np.ndarray], batches: Sequence[Batch], source: LossSource, seed: int
+    ) -> None:
         self.objective, self.batches, self.source, self.seed = objective, batches, source, seed
         self.outputs = outputs
         self.spread = _spread(outputs) if objective.link == "identity" else 0.0

@@ -139,7 +139,10 @@ def _contractions(view: GraphView, profile: Profile, node: Node) -> Iterator[tup
     for link in found:
         if not (isinstance(link, Tie) and link.contracts):
             continue
-        for (slot, axis), (other, other_axis) in (((link.a, link.axis_a), (link.b, link.axis_b)), ((link.b, link.axis_b), (link.a, link.axis_a))):
+        for (slot, axis), (other, other_axis) in (
+            ((link.a, link.axis_a), (link.b, link.axis_b)),
+            ((link.b, link.axis_b), (link.a, link.axis_a)),
+        ):
             if not view.is_constant(node.inputs[slot]):
                 yield node.inputs[slot], axis, other, other_axis
 
@@ -176,7 +179,8 @@ def _consumers(view: GraphView, profile: Profile, group: Group) -> tuple[Consume
 def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]]) -> tuple[Site, ...]:
     """Number the layers in graph order: an attention opens a layer unless the running one has none yet."""
     ordered = sorted(found, key=lambda item: min(consumer.leaf.node.index for consumer in item[2]))
-    layer, open_kinds = -1, set()
+    layer = -1
+    open_kinds: set[Kind] = set()
     sites = []
     for order, (kind, group, consumers) in enumerate(ordered):
         if layer < 0 or kind in open_kinds:
@@ -196,7 +200,9 @@ def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]
 def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node) -> Refusal | None:
     where = node.name
     if group.units < 2:
-        return Refusal("OP103" if kind == "heads" else "OP203", where, f"only one {_unit(kind)} is left", "nothing to choose from; leave it")
+        return Refusal(
+            "OP103" if kind == "heads" else "OP203", where, f"only one {_unit(kind)} is left", "nothing to choose from; leave it"
+        )
     for leaf in group.leaves:
         array = view.value(leaf.tensor)
         if leaf.role == "rides" and (array is None or array.dtype.kind != "f") and array is not None:
@@ -249,12 +255,20 @@ def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...
     result = []
     for node in view.nodes:
         context = _attention_context(view, node)
-        if context is None or node.index in covered or any(refusal.code.startswith("OP10") for refusal in refusals if refusal.site == node.name):
+        if (
+            context is None
+            or node.index in covered
+            or any(refusal.code.startswith("OP10") for refusal in refusals if refusal.site == node.name)
+        ):
             continue
         maker = view.producer[context]
         rank = len(tracer.profile.shape(context) or ())
         blocked = next((r for axis in range(1, rank) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
-        reason = f"{blocked.reason} (at {blocked.node or 'the graph boundary'})" if blocked else "no projection with a constant weight reads its heads"
+        reason = (
+            f"{blocked.reason} (at {blocked.node or 'the graph boundary'})"
+            if blocked
+            else "no projection with a constant weight reads its heads"
+        )
         hint = "re-export with the plain attention of the framework, or without KV cache and attention-map outputs"
         result.append(Refusal("OP101", maker.name, reason, hint))
     return result

@@ -212,7 +212,7 @@ class Tracer:
             state.batched = True
         if tie.contracts:
             state.contracted[node.index] = node
-        name = (node.inputs[target] if target >= 0 else node.outputs[-1 - target])
+        name = node.inputs[target] if target >= 0 else node.outputs[-1 - target]
         if target >= 0 and self.view.is_constant(name):
             matrix = node.op in _PRODUCTS and Shapes(self.view, self.profile, node).rank(target) > 1
             role: Role = "consumes" if tie.contracts else "produces" if matrix else "rides"

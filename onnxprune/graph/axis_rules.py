@@ -297,7 +297,7 @@ def slice_ranges(node: Node, s: Shapes) -> dict[int, np.ndarray] | None:
         steps = np.ones_like(starts)
     else:
         named = s.integers(3)
-        count = len(np.atleast_1d(s.view.value(node.inputs[1]) if s.view.value(node.inputs[1]) is not None else _seen(s, 1)))
+        count = len(_seen(s, 1))
         axes = named if named is not None else np.arange(count)
         given = s.integers(4)
         steps = given if given is not None else np.ones(count, np.int64)
@@ -415,9 +415,7 @@ def _norm(node: Node, s: Shapes) -> list[Link]:
     rank = s.rank(0)
     axis = node.attrs.get("axis", -1) % rank
     spanned = {axis} if node.op == "LpNormalization" else set(range(axis, rank))
-    result: list[Link] = [
-        Barrier(0, a, f"{node.op} normalises over this axis") if a in spanned else Tie(0, a, -1, a) for a in range(rank)
-    ]
+    result: list[Link] = [Barrier(0, a, f"{node.op} normalises over this axis") if a in spanned else Tie(0, a, -1, a) for a in range(rank)]
     return result + [Barrier(-1, a, f"{node.op} normalises over this axis") for a in sorted(spanned)]
 
 

@@ -7,6 +7,7 @@ Kept positions are computed per axis from the labels of the group; every constan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,7 +17,6 @@ from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.axis_rules import Shapes, packed_sizes, slice_ranges
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
-from onnxprune.graph.view import Node
 from onnxprune.graph.view import Node
 
 Kept = Mapping[str, np.ndarray]
@@ -224,7 +224,7 @@ def _resize_packed_attention(patient: _Patient) -> None:
         return
     heads = patient.node.attrs["num_heads"]
     bounds = np.cumsum([0, *packed_sizes(patient.node, patient.shapes)])
-    sizes = [int(stays[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    sizes = [int(stays[a:b].sum()) for a, b in pairwise(bounds)]
     patient.edit.attrs["qkv_hidden_sizes"] = sizes
     patient.edit.attrs["num_heads"] = int(stays[: bounds[1]].reshape(heads, -1).any(axis=1).sum())
 

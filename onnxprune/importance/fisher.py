@@ -7,7 +7,7 @@ import numpy as np
 
 def diagonal(gradients: np.ndarray) -> np.ndarray:
     """Diagonal empirical Fisher of the masks: mean over samples of the squared gradient, [samples, units] -> [units] (Kwon, eq. 8)."""
-    return np.mean(np.square(gradients, dtype=np.float64), axis=0)
+    return np.asarray(np.mean(np.square(gradients, dtype=np.float64), axis=0))
 
 
 def rearrange(gradients: np.ndarray, removed: np.ndarray) -> np.ndarray:

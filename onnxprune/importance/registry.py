@@ -21,7 +21,9 @@ CRITERIA: Mapping[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
         Criterion("fisher", "gradients", "mean squared per-sample gradient of the unit's mask", "Kwon et al., NeurIPS 2022, eq. 8"),
-        Criterion("block-fisher", "gradients", "fisher, then the choice inside each layer rearranged by the block Fisher", "Kwon et al., eq. 10"),
+        Criterion(
+            "block-fisher", "gradients", "fisher, then the choice inside each layer rearranged by the block Fisher", "Kwon et al., eq. 10"
+        ),
         Criterion("magnitude", "weights", "squared norm of the rows that read the unit", "classic"),
         Criterion("energy", "moments", "squared norm of what the unit adds to its layer's output", "KCM, K-prune: representational term"),
         Criterion("obs", "moments", "layer loss after the best update of the other rows", "ZipLM, NeurIPS 2023, one step"),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.anatomy import Anatomy, Kind, Site
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
@@ -92,13 +92,18 @@ def measured_costs(
     options: RuntimeOptions,
     *,
     seed: int,
+    given: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> CostTable:
+) -> tuple[CostTable, float]:
     """Measure the table: full, each kind halved, all at an eighth, and half of the layers without each kind, in one interleaved run.
 
     Args:
         build: makes the graph that would be shipped from kept units (sliced and finished; its weights do not matter).
         feeds: one request as the user makes it.
+        given: the file as given, timed in the same run.
+
+    Returns:
+        The table, and the milliseconds of ``given`` (of the full graph if there is none).
     """
     macs = count_macs(anatomy.model, shapes_of(anatomy.model, feeds))
     kinds = sorted({site.kind for site in sites})
@@ -109,10 +114,12 @@ def measured_costs(
         runs[probe.name] = _caller(model, feeds, options)
         if progress:
             progress(done + 1, len(probes))
+    if given is not None:
+        runs["given"] = _caller(given, feeds, options)
     timings = time_sessions(runs, clock=clock_for(options), seed=seed, rounds=41, tolerance=0.006, max_seconds=20.0)
     full = latency_ms(timings, "full")
     times = np.array([1.0 if probe.name == "full" else ratio(timings, probe.name, "full").median for probe in probes])
-    whole = {kind: sum(site_macs(site, macs) for site in sites if site.kind == kind) for kind in kinds}
+    whole: dict[Kind, float] = {kind: sum(site_macs(site, macs) for site in sites if site.kind == kind) for kind in kinds}
     number = {kind: sum(site.kind == kind for site in sites) for kind in kinds}
     features = np.array([_features(probe, sites, kinds, macs, whole, number) for probe in probes])
     # Relative errors count; the full model anchors the table, so it weighs more.
@@ -127,7 +134,8 @@ def measured_costs(
         curve = slope * share * counts / site.units + presence / number[site.kind] * (counts > 0)
         curves[site.name] = curve * full
     table = CostTable("ms", float(fixed * full), curves)
-    return table.scaled(full / table.full)
+    as_given = full * ratio(timings, "given", "full").median if given is not None else full
+    return table.scaled(full / table.full), as_given
 
 
 def _probes(sites: Sequence[Site], kinds: Sequence[str]) -> list[_Probe]:
@@ -147,10 +155,10 @@ def _probes(sites: Sequence[Site], kinds: Sequence[str]) -> list[_Probe]:
 def _features(
     probe: _Probe,
     sites: Sequence[Site],
-    kinds: Sequence[str],
+    kinds: Sequence[Kind],
     macs: Mapping[str, int],
-    whole: Mapping[str, float],
-    number: Mapping[str, int],
+    whole: Mapping[Kind, float],
+    number: Mapping[Kind, int],
 ) -> list[float]:
     row = [1.0]
     for kind in kinds:

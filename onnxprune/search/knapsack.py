@@ -1,4 +1,4 @@
-"""One multiple-choice knapsack: each site offers kept sizes with a cost and an error; choose one per site, least error within the budget."""
+"""One multiple-choice knapsack: each site offers kept sizes with a cost and an error; one is chosen per site, least error in budget."""
 
 from __future__ import annotations
 

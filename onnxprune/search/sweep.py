@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 
-def sweep(saliency: Mapping[str, np.ndarray], kind: Mapping[str, str], price: Mapping[str, float], budget: float) -> dict[str, np.ndarray] | None:
+def sweep(
+    saliency: Mapping[str, np.ndarray], kind: Mapping[str, str], price: Mapping[str, float], budget: float
+) -> dict[str, np.ndarray] | None:
     """Units to keep so that their price fits the budget and the saliency lost is least.
 
     Args:

@@ -1,0 +1,460 @@
+"""The public functions: the same words as the command line."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxprune.bench import Benchmark, benchmark
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import LossSource, choose_objective
+from onnxprune.calibration.source import load_calibration
+from onnxprune.errors import GateError, InputError, Refusal
+from onnxprune.graph.anatomy import study
+from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.macs import count_macs
+from onnxprune.graph.model import Model, atomic_file, load
+from onnxprune.graph.profile import shapes_of, synthetic_feeds
+from onnxprune.importance.registry import CRITERIA
+from onnxprune.passes.apply import execute, finish
+from onnxprune.passes.manager import Decision, Settings, decide, request_feeds, summary, understand
+from onnxprune.passes.rounds import Progress, Recipe
+from onnxprune.runtime.environment import describe
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
+from onnxprune.search.costs import site_macs
+from onnxprune.search.plan import Plan, load_plan
+from onnxprune.search.target import Target, parse_target
+from onnxprune.verify import Comparison, Fidelity, compare, masked_equals_sliced
+
+ModelSource = str | os.PathLike[str] | bytes | Model
+_FIDELITY_ROWS = 64
+PASSES = ("heads", "ffn")
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """What :func:`prune` did. ``model`` is None on a dry run, and when the target was met without pruning and no copy was asked for."""
+
+    plan: Plan
+    model: Model | None
+    record: dict[str, Any]
+    fidelity: Fidelity | None = None
+    comparison: Comparison | None = None
+    benchmark: Benchmark | None = None
+    output: Path | None = None
+
+    @property
+    def already_met(self) -> bool:
+        return bool(self.record["target"]["already_met"])
+
+
+def settings(
+    passes: Iterable[str] = PASSES,
+    *,
+    target_latency: str | None = None,
+    target_macs: str | None = None,
+    target_params: str | None = None,
+    target_size: str | None = None,
+    keep: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    samples: int = 1024,
+    max_drop: float | str | None = None,
+    output_name: str | None = None,
+    loss: LossSource = "sampled",
+    importance: str = "fisher",
+    compensation: str = "refit",
+    rounds: int = 4,
+    seed: int = 0,
+    threads: int = 1,
+    provider: str = "cpu",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Settings:
+    """Check options and put them into one value.
+
+    Raises:
+        InputError: an option is out of range, or more than one target is given.
+    """
+    given = {"latency": target_latency, "macs": target_macs, "params": target_params, "size": target_size}
+    targets = [parse_target(quantity, text) for quantity, text in given.items() if text is not None]  # type: ignore[arg-type]
+    if len(targets) > 1:
+        raise InputError(f"give one target, not {len(targets)}: {', '.join(map(str, targets))}")
+    if importance not in CRITERIA:
+        raise InputError(f"unknown importance {importance!r}; known: {', '.join(CRITERIA)}")
+    if compensation not in ("refit", "scale", "none"):
+        raise InputError(f"unknown compensation {compensation!r}; known: refit, scale, none")
+    for name, value, least in (("samples", samples, 8), ("rounds", rounds, 1), ("threads", threads, 0)):
+        if value < least:
+            raise InputError(f"--{name} {value} is too small; at least {least}")
+    names = tuple(passes.split(",")) if isinstance(passes, str) else tuple(passes)
+    return Settings(
+        passes=names,
+        target=targets[0] if targets else Target("latency", None),
+        keep=tuple(keep),
+        exclude=tuple(exclude),
+        samples=samples,
+        max_drop=parse_share(max_drop, "--max-drop"),
+        output=output_name,
+        loss=loss,
+        recipe=Recipe(importance=importance, compensation=compensation, rounds=rounds, seed=seed),
+        runtime=RuntimeOptions(provider=provider, threads=threads),
+        input_shapes={name: tuple(shape) for name, shape in (input_shapes or {}).items()},
+    )
+
+
+def parse_share(value: float | str | None, option: str) -> float | None:
+    """``1%`` or 0.01 as a share in [0, 1)."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise InputError(f"{option} {value!r} is not a share; write 1% or 0.01") from None
+    if not 0 <= share < 1:
+        raise InputError(f"{option} {value!r} is out of range; write a share such as 1% or 0.01")
+    return share
+
+
+def find_calibration(model: ModelSource, calib: Any) -> Any:
+    """The calibration source: what was given, or ``<model>.calib.npz`` beside the model.
+
+    Raises:
+        InputError: neither; the message says how to make one.
+    """
+    if calib is not None:
+        return calib
+    if isinstance(model, str | os.PathLike):
+        beside = Path(model).with_suffix(".calib.npz")
+        if beside.is_file():
+            return beside
+        place = f" and {beside} does not exist"
+    else:
+        place = ""
+    raise InputError(
+        f"no calibration data: --calib was not given{place}. Save a few hundred inputs as an .npz whose keys are the model's input names: "
+        "np.savez('data.npz', input_ids=..., attention_mask=...), axis 0 = samples"
+    )
+
+
+def prune(
+    model: ModelSource,
+    *,
+    calib: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    keep_best: bool = False,
+    write_unpruned: bool = False,
+    bench_seconds: float = 30.0,
+    external_data: bool | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+    **options: Any,
+) -> PruneResult:
+    """Decide, apply, verify, benchmark, report.
+
+    Args:
+        model: path, bytes or :class:`Model`; never modified.
+        calib: anything :func:`onnxprune.calibration.load_calibration` takes.
+        output: where to write the pruned model; None writes none.
+        run_dir: where to leave run.json, plan.json, costs.json and report.html; None leaves nothing.
+        dry_run: stop after the plan.
+        keep_best: write the model even when the accuracy gate fails.
+        write_unpruned: when the target is met without pruning, write the finished copy.
+        bench_seconds: most time for the paired benchmark; 0 skips it.
+        options: see :func:`settings`.
+
+    Raises:
+        OnnxPruneError: see :mod:`onnxprune.errors`; nothing is written half.
+    """
+    started = time.time()
+    chosen = settings(**options)
+    given = load(model)
+    target_file = _writable(output, model) if output is not None and not dry_run else None
+    data = load_calibration(find_calibration(model, calib), given, seed=chosen.recipe.seed)
+    known = understand(given, chosen, {name: array[:2] for name, array in data.inputs.items()})
+    decision = decide(known, data, chosen, progress)
+    record = _record(decision, chosen, started, command)
+    if dry_run or (decision.already_met and not write_unpruned):
+        _leave(run_dir, decision, record)
+        return PruneResult(decision.plan, None, record)
+    result = execute(known.anatomy, decision.plan)
+    fidelity, comparison = _prove(decision, result, chosen, record)
+    gate = _gate(comparison, chosen, record)
+    if gate and not keep_best:
+        _leave(run_dir, decision, record)
+        raise GateError(f"{gate}; no model was written (--keep-best writes it all the same, a higher --max-drop or target prunes less)")
+    written = result.save(target_file, external_data) if target_file is not None else None
+    measured = None
+    if bench_seconds > 0:
+        variants = {"file as given": given if given.source is None or given.source.path is None else given.source.path}
+        variants["finished original"] = finish(known.anatomy.model, known.rewrites)
+        variants["pruned"] = written if written is not None else result
+        measured = benchmark(variants, decision.request, options=chosen.runtime, seed=chosen.recipe.seed, max_seconds=bench_seconds)
+        record["benchmark"] = measured.as_dict()
+    record["output"] = _describe(result, written)
+    record["wall_s"] = round(time.time() - started, 2)
+    _leave(run_dir, decision, record)
+    if gate:
+        raise GateError(f"{gate}; {written or 'the model'} was written because of --keep-best")
+    return PruneResult(decision.plan, result, record, fidelity, comparison, measured, written)
+
+
+def plan(model: ModelSource, *, calib: Any = None, progress: Progress | None = None, **options: Any) -> Plan:
+    """Decide only: :func:`prune` without applying anything."""
+    return prune(model, calib=calib, dry_run=True, progress=progress, **options).plan
+
+
+def apply(
+    model: ModelSource, plan: Plan | str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, external_data: bool | None = None
+) -> Model:
+    """Replay a plan, without data. Same model and plan, same bytes.
+
+    Raises:
+        InputError: the plan was made for another file.
+    """
+    given = load(model)
+    decided = plan if isinstance(plan, Plan) else load_plan(plan)
+    sha256 = given.source.sha256 if given.source else ""
+    if sha256 != decided.input_sha256:
+        raise InputError(
+            f"the plan was made for another file (sha256 {decided.input_sha256[:12]}..., this one is {sha256[:12]}...); make a new plan for this model"
+        )
+    canonical, profile = canonicalise(given)
+    result = execute(study(canonical, profile), decided)
+    open_session(result)
+    if output is not None:
+        target = _writable(output, model)
+        result.save(target, external_data)
+    return result
+
+
+def inspect(model: ModelSource, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+    """What can be pruned, what can not and why: sites with units, parameters, multiply-adds and their share of the model."""
+    given = load(model)
+    canonical, profile = canonicalise(given)
+    anatomy = study(canonical, profile)
+    feeds = synthetic_feeds(canonical, (1, 64, 64, 64, 64, 64))
+    if input_shapes:
+        feeds.update({name: np.resize(feeds[name], tuple(shape)) for name, shape in input_shapes.items() if name in feeds})
+    macs = count_macs(canonical, shapes_of(canonical, feeds))
+    total = max(sum(macs.values()), 1)
+    sites = [
+        {
+            "site": site.name,
+            "kind": site.kind,
+            "units": site.units,
+            "parameters": round(site.parameters_per_unit * site.units),
+            "macs": round(site_macs(site, macs)),
+            "macs_share": site_macs(site, macs) / total,
+            "reads": site.consumers[0].leaf.node.name,
+        }
+        for site in anatomy.sites
+    ]
+    return {
+        "schema": "onnxprune.inspect/1",
+        "model": _describe(given, given.source.path if given.source else None),
+        "inputs": {name: list(array.shape) for name, array in feeds.items()},
+        "macs": total,
+        "sites": sites,
+        "refusals": [refusal.as_dict() for refusal in anatomy.refusals],
+    }
+
+
+def verify(
+    original: ModelSource,
+    model: ModelSource,
+    *,
+    calib: Any = None,
+    samples: int | None = None,
+    output_name: str | None = None,
+    max_drop: float | str | None = None,
+    provider: str = "cpu",
+    threads: int = 1,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two models on data.
+
+    Raises:
+        GateError: the loss exceeds ``max_drop``.
+    """
+    before, after = load(original), load(model)
+    data = load_calibration(find_calibration(original, calib), before, samples=samples, seed=seed)
+    canonical, profile = canonicalise(before, {name: array[:2] for name, array in data.inputs.items()})
+    objective = choose_objective(study(canonical, profile), output_name, data.labels)
+    if objective.output not in after.output_names:
+        raise InputError(f"the second model has no output {objective.output!r}; it has {', '.join(after.output_names)}")
+    result = compare(before, after, data, objective, RuntimeOptions(provider, threads), seed)
+    limit = parse_share(max_drop, "--max-drop")
+    name, loss = result.loss
+    if limit is not None and loss > limit:
+        raise GateError(f"{name} is {100 * loss:.2f}%, more than the {100 * limit:g}% allowed")
+    return result
+
+
+def bench(
+    models: Sequence[ModelSource],
+    *,
+    calib: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    provider: str = "cpu",
+    threads: int = 1,
+    seconds: float = 60.0,
+    seed: int = 0,
+) -> Benchmark:
+    """Paired, interleaved benchmark of two or more models on one request; the first is the reference."""
+    shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
+    loaded = [load(model) for model in models]
+    if not loaded:
+        raise InputError("nothing to benchmark: give at least one model")
+    if calib is not None:
+        feeds = request_feeds(load_calibration(calib, loaded[0], seed=seed), shapes)
+    else:
+        made = synthetic_feeds(loaded[0], (1, 64, 64, 64, 64, 64))
+        feeds = request_feeds(CalibrationData(made, None, "made up"), shapes)
+    names = [str(model) if isinstance(model, str | os.PathLike) else f"model {number}" for number, model in enumerate(models)]
+    variants: dict[str, Any] = {}
+    for name, source, model in zip(names, models, loaded, strict=True):
+        variants[name if name not in variants else f"{name} (again)"] = source if isinstance(source, str | os.PathLike) else model
+    return benchmark(variants, feeds, options=RuntimeOptions(provider, threads), seed=seed, max_seconds=seconds)
+
+
+# --- one run -----------------------------------------------------------------------------------------------------------------------
+
+
+def _writable(output: str | os.PathLike[str], model: ModelSource) -> Path:
+    """Check the output path before the work starts."""
+    target = Path(output)
+    if isinstance(model, str | os.PathLike) and target.exists() and target.resolve() == Path(model).resolve():
+        raise InputError(f"the output {target} is the input file; onnxprune never overwrites its input, choose another -o")
+    if target.is_dir():
+        raise InputError(f"the output {target} is a directory; name a file in it")
+    if not target.parent.is_dir():
+        raise InputError(f"the directory of the output does not exist: {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"the directory of the output is not writable: {target.parent}")
+    return target
+
+
+def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
+    run(open_session(result, chosen.runtime), decision.request)
+    rows = decision.held_back.take(slice(0, _FIDELITY_ROWS))
+    kept = {site: np.array(units, np.int64) for site, units in decision.plan.kept.items()}
+    fidelity = masked_equals_sliced(decision.study.anatomy, kept, rows, chosen.runtime, decision.objective.output)
+    record["verification"] = {"masked_equals_sliced": fidelity.as_dict()}
+    if not fidelity.passed:
+        raise GateError(
+            f"the sliced model differs from the masked one by {fidelity.relative:.2g} of its output (allowed {fidelity.tolerance:g}); "
+            "this is a defect of onnxprune: no model was written, please report it with onnxprune inspect --json"
+        )
+    comparison = compare(decision.study.given, result, decision.held_back, decision.objective, chosen.runtime, chosen.recipe.seed)
+    record["verification"]["against_original"] = comparison.as_dict()
+    return fidelity, comparison
+
+
+def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> str | None:
+    limit = chosen.max_drop if chosen.max_drop is not None else (0.01 if chosen.target.auto else None)
+    if limit is None:
+        record["gates"] = []
+        return None
+    name, loss = comparison.loss
+    record["gates"] = [{"name": name, "limit": limit, "value": loss, "passed": loss <= limit}]
+    return None if loss <= limit else f"{name} is {100 * loss:.2f}% on {comparison.samples} held-back rows, more than the {100 * limit:g}% allowed"
+
+
+def _describe(model: Model, path: Path | None) -> dict[str, Any]:
+    source = model.source
+    size = None
+    if path is not None and path.is_file():
+        data = path.with_name(path.name + ".data")
+        size = path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+    return {
+        "path": str(path) if path else None,
+        "sha256": source.sha256 if source and source.path == path else None,
+        "bytes": size,
+        "parameters": model.parameters,
+        "nodes": len(model.proto.graph.node),
+        "opset": model.opset(),
+        "ir_version": model.proto.ir_version,
+    }
+
+
+def _record(decision: Decision, chosen: Settings, started: float, command: Sequence[str]) -> dict[str, Any]:
+    """The beginning of run.json: everything known before the model is applied."""
+    from onnxprune import __version__
+
+    given = decision.study.given
+    unit = decision.table.unit
+    return {
+        "schema": "onnxprune.run/1",
+        "tool": {"name": "onnxprune", "version": __version__},
+        "command": list(command),
+        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+        "wall_s": round(time.time() - started, 2),
+        "seed": chosen.recipe.seed,
+        "environment": describe(),
+        "input": _describe(given, given.source.path if given.source else None),
+        "calibration": {
+            "origin": decision.calibration.origin,
+            "rows": len(decision.calibration),
+            "held_back": len(decision.held_back),
+            "labels": decision.calibration.labels is not None,
+            "sha256": decision.calibration.sha256,
+        },
+        "objective": asdict(decision.objective),
+        "recipe": dict(decision.plan.recipe),
+        "passes": list(decision.plan.passes),
+        "rewrites": list(decision.plan.rewrites),
+        "target": {
+            "asked": str(chosen.target),
+            "unit": unit,
+            "goal": decision.goal,
+            "given": decision.given_cost,
+            "finished": decision.finished_cost,
+            "predicted": decision.predicted,
+            "measured": decision.measured,
+            "already_met": decision.already_met,
+        },
+        "sites": summary(decision.study.sites, decision.plan),
+        "compensation": [asdict(fit) for fit in decision.fits],
+        "search": list(decision.trail),
+        "refusals": [refusal.as_dict() for refusal in decision.study.refusals],
+        "plan_sha256": decision.plan.sha256,
+        "gates": [],
+    }
+
+
+def _leave(run_dir: str | os.PathLike[str] | None, decision: Decision, record: dict[str, Any]) -> None:
+    if run_dir is None:
+        return
+    folder = Path(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        decision.plan.save(folder / "plan.json")
+        for name, content in (("run.json", record), ("costs.json", decision.table.as_dict())):
+            with atomic_file(folder / name) as temporary:
+                temporary.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+        from onnxprune.report.html import render
+
+        with atomic_file(folder / "report.html") as temporary:
+            temporary.write_text(render(json.loads(json.dumps(record, default=_plain))))
+    except OSError as error:
+        raise InputError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Refusal):
+        return value.as_dict()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not go into JSON")

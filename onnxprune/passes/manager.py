@@ -1,0 +1,396 @@
+"""The pass manager: from a model, data and a target to a plan.
+
+Load and understand, measure costs, decide in rounds, measure the winner, re-anchor and decide again if it misses: every step is a function
+of the values before it, and all random draws come from one seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import LossSource, Objective, Targets, check_loss, choose_objective
+from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
+from onnxprune.graph.anatomy import Anatomy, Site, study
+from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.instrument import with_outputs
+from onnxprune.graph.model import Model
+from onnxprune.graph.slicing import Kept, slice_model
+from onnxprune.passes.apply import finish, install
+from onnxprune.passes.base import RewritePass, WidthPass, select
+from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, score
+from onnxprune.runtime.measure import clock_for, ratio, time_sessions
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
+from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs
+from onnxprune.search.plan import Plan, recipe_dict
+from onnxprune.search.target import Target
+from onnxprune.verify import Comparison, compare
+
+log = logging.getLogger(__name__)
+
+MISS = 0.02
+"""A measured latency may miss its target by this share before the search is repeated with a re-anchored table."""
+
+_REPEATS = 2
+_BATCH_ROWS = 8
+_HELD_BACK = 1024
+_AUTO_STEP = 0.82
+_AUTO_FLOOR = 0.08
+_UNITS: dict[str, CostUnit] = {"latency": "ms", "macs": "macs", "params": "params", "size": "bytes"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, in the words of the command line."""
+
+    passes: tuple[str, ...]
+    target: Target
+    keep: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    samples: int = 1024
+    max_drop: float | None = None
+    output: str | None = None
+    loss: LossSource = "sampled"
+    recipe: Recipe = field(default_factory=Recipe)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The model understood: canonical graph, sites in the scope of the passes, refusals, what to preserve."""
+
+    given: Model
+    anatomy: Anatomy
+    sites: tuple[Site, ...]
+    rewrites: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A plan and everything it was decided from. ``met`` is None when the target was met by the finished file without pruning."""
+
+    study: Study
+    objective: Objective
+    plan: Plan
+    table: CostTable
+    calibration: CalibrationData
+    held_back: CalibrationData
+    request: Mapping[str, np.ndarray]
+    given_cost: float
+    finished_cost: float
+    goal: float | None
+    predicted: float
+    measured: float
+    already_met: bool
+    fits: tuple[Any, ...]
+    trail: tuple[dict[str, Any], ...]
+
+
+def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarray] | None = None) -> Study:
+    """Canonicalise, find sites, apply the passes' scope and the keep/exclude patterns.
+
+    Raises:
+        InputError: a pattern matches nothing, an unknown pass, a model in a form that cannot be pruned.
+        NothingPrunable: no site of the kinds asked for.
+    """
+    check_float(given)
+    passes = select(settings.passes)
+    widths = [item for item in passes if isinstance(item, WidthPass)]
+    rewrites = [item.name for item in passes if isinstance(item, RewritePass)]
+    if settings.runtime.provider == "cpu" and "residual-sum" not in rewrites:
+        rewrites.append("residual-sum")
+    canonical, profile = canonicalise(given, samples)
+    anatomy = study(canonical, profile)
+    kinds = {item.kind for item in widths}
+    sites = _scope([site for site in anatomy.sites if site.kind in kinds], settings)
+    refusals = tuple(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds))
+    if widths and not sites:
+        raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
+    return Study(given, anatomy, tuple(sites), tuple(rewrites), refusals)
+
+
+def _concerns(refusal: Refusal, kinds: set[str]) -> bool:
+    return {"1": "heads", "2": "ffn"}.get(refusal.code[2], "") in kinds or refusal.code[2] not in "12"
+
+
+def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Refusal, ...]) -> str:
+    counts: dict[str, int] = {}
+    for node in anatomy.view.nodes:
+        counts[node.op] = counts.get(node.op, 0) + 1
+    common = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1])[:6])
+    found = f"the graph has {len(anatomy.view.nodes)} nodes ({common})"
+    others = sorted({site.kind for site in anatomy.sites} - kinds)
+    more = f"; it does have {', '.join(others)} sites: add them to --passes" if others else ""
+    reasons = "".join(f"\n  {refusal}" for refusal in refusals)
+    return f"nothing to prune for {', '.join(sorted(kinds))}: {found} and none of it is a transformer block's {' or '.join(sorted(kinds))}{more}{reasons}"
+
+
+def _scope(sites: list[Site], settings: Settings) -> list[Site]:
+    """``--keep`` protects sites, ``--exclude`` does too: both are patterns on site names, and each must match something."""
+    protected: set[str] = set()
+    for option, patterns in (("--keep", settings.keep), ("--exclude", settings.exclude)):
+        for pattern in patterns:
+            try:
+                matched = {site.name for site in sites if re.search(pattern, site.name)}
+            except re.error as error:
+                raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+            if not matched and sites:
+                raise InputError(f"{option} {pattern!r} matches no site; sites are named like {sites[0].name} (see onnxprune inspect)")
+            protected |= matched
+    return [site for site in sites if site.name not in protected]
+
+
+def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:
+    """Rows that decide and rows that judge: at most ``samples`` and 1,024; at least a fifth is held back."""
+    rows = min(settings.samples, int(len(data) * 0.8))
+    held = min(len(data) - rows, _HELD_BACK)
+    return data.split(rows, held, settings.recipe.seed)
+
+
+def request_feeds(data: CalibrationData, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """One request: the first calibration row, or that row repeated, cut or padded to the shapes asked for.
+
+    Raises:
+        InputError: a shape names no input or has another rank.
+    """
+    rows = data.fixed_rows or 1
+    feeds = {name: np.ascontiguousarray(np.resize(array[:rows], (rows, *array.shape[1:]))) for name, array in data.inputs.items()}
+    for name, shape in shapes.items():
+        if name not in feeds:
+            raise InputError(f"--input-shape names {name!r}; the inputs are {', '.join(feeds)}")
+        if len(shape) != feeds[name].ndim:
+            raise InputError(f"--input-shape {name} has {len(shape)} dimensions; the input has {feeds[name].ndim}")
+        feeds[name] = _fit(feeds[name], shape)
+    return feeds
+
+
+def _fit(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Repeat along the batch, repeat or cut along the rest."""
+    for axis, size in enumerate(shape):
+        array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
+    return np.ascontiguousarray(array)
+
+
+def decide(study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None = None) -> Decision:
+    """Find the plan.
+
+    Raises:
+        TargetError: the target is below what any choice of units reaches.
+    """
+    return _Search(study_, data, settings, progress).run()
+
+
+class _Search:
+    """One search; attributes are set once, in the order of :meth:`run`."""
+
+    def __init__(self, study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None) -> None:
+        self.study, self.settings, self.progress = study_, settings, progress
+        self.objective = choose_objective(study_.anatomy, settings.output, data.labels)
+        check_loss(self.objective, data, settings.loss)
+        self.calibration, self.held_back = split(data, settings)
+        self.request = request_feeds(data, settings.input_shapes)
+        recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.provider, settings.recipe.align))
+        self.bench = self._workbench(recipe)
+        self.trail: list[dict[str, Any]] = []
+        self._given_session = open_session(study_.given, settings.runtime)
+
+    def _workbench(self, recipe: Recipe) -> Workbench:
+        anatomy = self.study.anatomy
+        batches = list(self.calibration.batches(_BATCH_ROWS, trim=True))
+        tensor = self.objective.tensor
+        session = open_session(with_outputs(anatomy.model, [tensor], keep=False), self.settings.runtime)
+        outputs = []
+        for number, batch in enumerate(batches):
+            outputs.append(run(session, batch.feeds, [tensor])[0].astype(np.float32))
+            if self.progress:
+                self.progress("dense outputs", number + 1, len(batches))
+        targets = Targets(self.objective, outputs, batches, self.settings.loss, recipe.seed)
+        return Workbench(anatomy, self.study.sites, self.objective, batches, targets, self.settings.runtime, recipe, self.progress)
+
+    def build(self, kept: Kept) -> Model:
+        """The graph that would be shipped, uncompensated."""
+        return finish(slice_model(self.study.anatomy, kept), self.study.rewrites)
+
+    def ship(self, student: Student) -> Model:
+        return finish(install(slice_model(self.study.anatomy, student.kept), student.changes), self.study.rewrites)
+
+    def run(self) -> Decision:
+        target = self.settings.target
+        table, given = self._costs()
+        goal = None if target.auto else target.absolute(given)
+        full = table.full
+        if goal is not None and full <= goal:
+            student = dense_student(self.bench)
+            return self._decision(student, table, given, full, goal, full, full, already_met=True)
+        if goal is not None and table.floor > goal:
+            self._impossible(table, given, goal)
+        if goal is None:
+            student, predicted, measured = self._auto(table, given)
+        else:
+            student, table, predicted, measured = self._reach(table, given, goal)
+        return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
+
+    def _impossible(self, table: CostTable, given: float, goal: float) -> None:
+        words = {"ms": "ms", "macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}[table.unit]
+        raise TargetError(
+            f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with every {' and '.join(sorted({s.kind for s in self.bench.sites}))} "
+            f"unit removed the model still takes {table.floor:.4g} {words} ({100 * table.floor / given:.0f}% of the file as given). "
+            f"Ask for more than {100 * table.floor / given:.0f}%, or allow more passes"
+        )
+
+    def _costs(self) -> tuple[CostTable, float]:
+        unit = _UNITS[self.settings.target.quantity]
+        if unit != "ms":
+            table = counted_costs(self.study.anatomy, self.bench.sites, unit, self.request)
+            return table, table.full
+        return measured_costs(
+            self.study.anatomy,
+            self.bench.sites,
+            self.build,
+            self.request,
+            self.settings.runtime,
+            seed=self.settings.recipe.seed,
+            given=self.study.given,
+            progress=self.bench.report("cost table"),
+        )
+
+    def _reach(self, table: CostTable, given: float, goal: float) -> tuple[Student, CostTable, float, float]:
+        """Rounds to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
+        found = descend(self.bench, table, goal, self.bench.recipe.rounds)
+        if found is None:
+            self._impossible(table, given, goal)
+        assert found is not None
+        student, before, scores = found
+        if table.unit != "ms":
+            cost = table.predict(student.counts)
+            return student, table, cost, cost
+        best: tuple[float, Student, float, float] | None = None
+        for attempt in range(_REPEATS + 1):
+            predicted = table.predict(student.counts)
+            measured = self._measure(student, given)
+            self._note(f"anchor {attempt}", student, predicted, measured)
+            miss = abs(measured / goal - 1)
+            if best is None or miss < best[0]:
+                best = (miss, student, predicted, measured)
+            if miss <= MISS / 2 or attempt == _REPEATS:
+                break
+            table = table.scaled(measured / predicted)
+            again = self._again(before, scores, table, goal)
+            if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
+                break
+            student = again
+        _, student, predicted, measured = best
+        return student, table, predicted, measured
+
+    def _again(self, before: Student, scores: Scores, table: CostTable, goal: float) -> Student | None:
+        kept = choose(self.bench, before, scores, table, goal)
+        return None if kept is None else cut(self.bench, kept)
+
+    def _auto(self, table: CostTable, given: float) -> tuple[Student, float, float]:
+        """Go down in steps while the held-back rows allow it, then half a step more."""
+        limit = self.settings.max_drop if self.settings.max_drop is not None else 0.01
+        prunable = table.full - table.fixed
+        student, share = dense_student(self.bench), 1.0
+        passed: Student | None = None
+        number = 0
+        while share * _AUTO_STEP >= _AUTO_FLOOR:
+            number += 1
+            scores = score(self.bench, student, number)
+            tried = self._try(student, scores, table, prunable, share * _AUTO_STEP, limit)
+            if tried is None:
+                half = self._try(student, scores, table, prunable, share * _AUTO_STEP**0.5, limit)
+                passed = half or passed
+                break
+            passed = student = tried
+            share *= _AUTO_STEP
+        if passed is None:
+            raise TargetError(
+                f"no pruned model stays within --max-drop {100 * limit:g}% on {len(self.held_back)} held-back rows; allow a larger drop or give more calibration rows"
+            )
+        return passed, table.predict(passed.counts), self._measure(passed, given)
+
+    def _try(self, student: Student, scores: Scores, table: CostTable, prunable: float, share: float, limit: float) -> Student | None:
+        kept = choose(self.bench, student, scores, table, table.fixed + prunable * share)
+        if kept is None:
+            return None
+        candidate = cut(self.bench, kept)
+        name, loss = self.judge(candidate).loss
+        self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, {name: loss})
+        return candidate if loss <= limit else None
+
+    def judge(self, student: Student) -> Comparison:
+        return compare(self.study.given, self.ship(student), self.held_back, self.objective, self.settings.runtime, self.settings.recipe.seed)
+
+    def _measure(self, student: Student, given: float) -> float:
+        """Milliseconds of a student, as its paired share of the file as given."""
+        session = open_session(self.ship(student), self.settings.runtime)
+        calls = {"given": lambda: run(self._given_session, self.request), "pruned": lambda: run(session, self.request)}
+        clock = clock_for(self.settings.runtime)
+        timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=81, tolerance=0.005, max_seconds=15.0)
+        return given * ratio(timings, "pruned", "given").median
+
+    def _note(self, step: str, student: Student, predicted: float, measured: float | None, extra: Mapping[str, float] | None = None) -> None:
+        entry = {"step": step, "kept": student.counts, "predicted": predicted, "measured": measured, **(extra or {})}
+        self.trail.append(entry)
+        log.info("%s: predicted %.4g, measured %s %s", step, predicted, f"{measured:.4g}" if measured else "-", extra or "")
+
+    def _decision(
+        self,
+        student: Student,
+        table: CostTable,
+        given: float,
+        finished: float,
+        goal: float | None,
+        predicted: float,
+        measured: float,
+        *,
+        already_met: bool,
+    ) -> Decision:
+        from onnxprune import __version__
+
+        settings = self.settings
+        source = self.study.given.source
+        plan = Plan(
+            version=__version__,
+            input_sha256=source.sha256 if source else "",
+            passes=settings.passes,
+            rewrites=self.study.rewrites,
+            kept={site: tuple(int(unit) for unit in units) for site, units in student.kept.items()},
+            units={site.name: site.units for site in self.bench.sites},
+            target=str(settings.target),
+            predicted={table.unit: predicted},
+            recipe={**recipe_dict(self.bench.recipe), "loss": settings.loss, "calibration_sha256": self.calibration.sha256},
+            objective={"output": self.objective.output, "link": self.objective.link, "why": self.objective.why},
+            refusals=self.study.refusals,
+            changes=student.changes,
+        )
+        return Decision(
+            self.study,
+            self.objective,
+            plan,
+            table,
+            self.calibration,
+            self.held_back,
+            self.request,
+            given,
+            finished,
+            goal,
+            predicted,
+            measured,
+            already_met,
+            student.fits,
+            tuple(self.trail),
+        )
+
+
+def summary(sites: Sequence[Site], plan: Plan) -> list[dict[str, Any]]:
+    """Kept and total units of every site, for tables and reports."""
+    return [{"site": site.name, "kind": site.kind, "units": site.units, "kept": len(plan.kept[site.name])} for site in sites]

@@ -1,0 +1,5 @@
+from typing import Any
+
+
+def render(record: dict[str, Any]) -> str:
+    return ""

@@ -1,0 +1,158 @@
+"""Proof: the sliced graph equals its mask, and how far the pruned model is from the original on rows that decided nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
+from onnxprune.calibration.objective import Objective
+from onnxprune.calibration.stream import stream
+from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.instrument import mask_feeds, masked_model
+from onnxprune.graph.model import Model
+from onnxprune.graph.slicing import Kept, slice_model
+from onnxprune.runtime.session import RuntimeOptions
+
+TOLERANCE = 1e-4
+"""Largest accepted difference between masked and sliced outputs, relative to the largest output."""
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval over samples."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Masked dense graph against sliced graph, before compensation: the same function, computed twice."""
+
+    max_abs: float
+    scale: float
+    samples: int
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        return self.max_abs / self.scale if self.scale else self.max_abs
+
+    @property
+    def passed(self) -> bool:
+        return bool(np.isfinite(self.relative) and self.relative <= self.tolerance)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "relative": self.relative, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the original on the same samples.
+
+    Class outputs: ``agreement`` (same prediction) and ``kl`` (nats, original || model); with labels also ``accuracy`` of both and
+    ``drop`` (original minus model, paired). Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
+    """
+
+    samples: int
+    output: str
+    agreement: Interval | None = None
+    kl: Interval | None = None
+    accuracy_before: Interval | None = None
+    accuracy_after: Interval | None = None
+    drop: Interval | None = None
+    cosine: Interval | None = None
+    relative_error: Interval | None = None
+
+    @property
+    def loss(self) -> tuple[str, float]:
+        """The figure a gate looks at, as a loss: accuracy drop with labels, else 1 - agreement, for vectors 1 - cosine."""
+        if self.drop is not None:
+            return "accuracy drop", self.drop.value
+        if self.agreement is not None:
+            return "1 - agreement", 1 - self.agreement.value
+        assert self.cosine is not None
+        return "1 - cosine", 1 - self.cosine.value
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def masked_equals_sliced(anatomy: Anatomy, kept: Kept, data: CalibrationData, options: RuntimeOptions, output: str) -> Fidelity:
+    """Run masked and sliced graph on real samples."""
+    masks = mask_feeds(anatomy.sites, kept)
+    masked = stream(masked_model(anatomy), data, [output], options=options, extra=lambda batch: masks)
+    sliced = stream(slice_model(anatomy, kept), data, [output], options=options)
+    worst, scale = 0.0, 0.0
+    for (_, a), (_, b) in zip(masked, sliced, strict=True):
+        difference = np.abs(a[output].astype(np.float64) - b[output])
+        worst = max(worst, float(difference.max())) if np.isfinite(difference).all() else float("inf")
+        scale = max(scale, float(np.abs(a[output]).max()))
+    return Fidelity(worst, scale, len(data), TOLERANCE)
+
+
+def compare(original: Model, model: Model, data: CalibrationData, objective: Objective, options: RuntimeOptions, seed: int = 0) -> Comparison:
+    """Compare two models on all rows of ``data``; padding and ignored labels do not count."""
+    columns: dict[str, list[np.ndarray]] = {}
+    first = stream(original, data, [objective.output], options=options)
+    second = stream(model, data, [objective.output], options=options)
+    for (batch, a), (_, b) in zip(first, second, strict=True):
+        before, after = a[objective.output].astype(np.float64), b[objective.output].astype(np.float64)
+        for name, values in _per_sample(batch, before, after, objective).items():
+            columns.setdefault(name, []).append(values[batch.valid])
+    rows = {name: np.concatenate(parts) for name, parts in columns.items()}
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(data), (_RESAMPLES, len(data))) if len(data) > 1 else np.zeros((1, 1), np.int64)
+    means = {name: _interval(values, picks) for name, values in rows.items()}
+    if "accuracy_before" in rows:
+        means["drop"] = _interval(rows["accuracy_before"] - rows["accuracy_after"], picks)
+    return Comparison(len(data), objective.output, **means)
+
+
+def _per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: Objective) -> Mapping[str, np.ndarray]:
+    weight = np.ones(before.shape[:-1])
+    if batch.token_mask is not None and batch.token_mask.shape == weight.shape:
+        weight = weight * batch.token_mask
+    if objective.link == "identity":
+        dot = (before * after).sum(-1)
+        norms = np.linalg.norm(before, axis=-1), np.linalg.norm(after, axis=-1)
+        cosine = dot / np.maximum(norms[0] * norms[1], 1e-30)
+        error = np.linalg.norm(after - before, axis=-1) / np.maximum(norms[0], 1e-30)
+        return {"cosine": _mean(cosine, weight), "relative_error": _mean(error, weight)}
+    log_p, log_q = (_log_softmax(values, objective) for values in (before, after))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    predicted, now = before.argmax(-1), after.argmax(-1)
+    result = {"agreement": _mean(predicted == now, weight), "kl": _mean(kl, weight)}
+    labels = batch.labels
+    if labels is not None and labels.dtype.kind == "i" and labels.shape == predicted.shape:
+        counted = weight * (labels != IGNORED_LABEL)
+        result["accuracy_before"] = _mean(predicted == labels, counted)
+        result["accuracy_after"] = _mean(now == labels, counted)
+    return result
+
+
+def _log_softmax(values: np.ndarray, objective: Objective) -> np.ndarray:
+    if objective.tensor != objective.output:
+        # The output is a probability already, or its logarithm.
+        values = values if values.max() <= 0 else np.log(np.maximum(values, 1e-30))
+    shifted = values - values.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weighted mean per sample over all axes but the first."""
+    axes = tuple(range(1, values.ndim))
+    return np.asarray((values * weight).sum(axes) / np.maximum(weight.sum(axes), 1e-30)) if axes else values.astype(np.float64)
+
+
+def _interval(values: np.ndarray, picks: np.ndarray) -> Interval:
+    means = values[picks].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(values.mean()), float(low), float(high))
