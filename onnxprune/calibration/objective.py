@@ -185,10 +185,10 @@ class Targets:
         return {"onnxprune.target": target.astype(np.float32), "onnxprune.weight": weight}
 
     def _weight(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
-        weight = np.ones(shape, np.float32) * batch.valid.reshape([-1] + [1] * (len(shape) - 1))
+        weight: np.ndarray = np.ones(shape, np.float32) * batch.valid.reshape([-1] + [1] * (len(shape) - 1))
         if len(shape) == 2 and batch.token_mask is not None and batch.token_mask.shape == shape:
             weight = weight * batch.token_mask
-        return weight.astype(np.float32)
+        return np.asarray(weight, np.float32)
 
     def _labels(self, batch: Batch, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert batch.labels is not None

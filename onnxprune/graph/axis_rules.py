@@ -523,11 +523,11 @@ def packed_sizes(node: Node, s: Shapes) -> list[int]:
 def _rotary(node: Node, s: Shapes) -> list[Link]:
     shape = s.of(0)
     if len(shape) == 4:
-        return [Tie(0, axis, -1, axis) for axis in (0, 1, 2)] + [Barrier(0, 3, "rotary embedding pairs positions of this axis")]
+        barrier = Barrier(0, 3, "rotary embedding pairs positions of this axis")
+        return [*(Tie(0, axis, -1, axis) for axis in (0, 1, 2)), barrier]
     heads = node.attrs.get("num_heads", 0)
     if not heads:
         return []
     first = _heads_of(shape[2], heads, heads) * (shape[2] // heads)
-    return [Tie(0, 2, -1, 2, np.arange(shape[2]), first), Tie(-1, 2, -1, 2, np.arange(shape[2]), first)] + [
-        Tie(0, axis, -1, axis) for axis in (0, 1)
-    ]
+    paired = [Tie(operand, 2, -1, 2, np.arange(shape[2]), first) for operand in (0, -1)]
+    return [*paired, *(Tie(0, axis, -1, axis) for axis in (0, 1))]
