@@ -15,7 +15,7 @@ from onnxprune.errors import InputError, OnnxPruneError
 from onnxprune.graph.macs import total_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import shapes_of
-from onnxprune.runtime.measure import Ratio, Timings, clock_for, latency_ms, ratio, time_sessions
+from onnxprune.runtime.measure import Ratio, Timings, clock_for, in_turn, latency_ms, ratio, replicas, time_sessions
 from onnxprune.runtime.peak import peak_memory_bytes
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 
@@ -94,21 +94,20 @@ def benchmark(
     models = {name: load(source) for name, source in variants.items()}
     fed = {name: _feeds_of(name, model, feeds) for name, model in models.items()}
     reference = next(iter(models))
-    sessions = {name: open_session(model, options) for name, model in models.items()}
-    # A second session, not the first one twice: sessions of the same bytes differ by a per cent or two, and that is noise as well.
-    sessions[_AGAIN] = open_session(models[reference], options)
+    count = replicas(max(model.weight_bytes for model in models.values()))
+    sessions = {name: [open_session(model, options) for _ in range(count)] for name, model in models.items()}
+    # Other sessions, not the same ones twice: sessions of the same bytes differ by a per cent or two, and that is noise as well.
+    sessions[_AGAIN] = [open_session(models[reference], options) for _ in range(count)]
     fed[_AGAIN] = fed[reference]
-    for name, session in sessions.items():
-        run(session, fed[name])
     timings = time_sessions(
-        {name: _call(session, fed[name]) for name, session in sessions.items()},
+        {name: in_turn([_call(session, fed[name]) for session in group]) for name, group in sessions.items()},
         rounds=rounds,
         clock=clock_for(options),
         seed=seed,
         tolerance=tolerance,
         max_seconds=max_seconds,
     )
-    providers = {name: session.get_providers()[0] for name, session in sessions.items()}
+    providers = {name: group[0].get_providers()[0] for name, group in sessions.items()}
     sessions.clear()
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         results: dict[str, VariantResult] = {}
@@ -130,6 +129,7 @@ def _feeds_of(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> dict[
 
 def _call(session: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
     arrays = dict(feeds)
+    run(session, arrays)
     return lambda: session.run(None, arrays)
 
 

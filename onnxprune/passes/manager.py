@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from onnxprune.graph.slicing import Kept, slice_model
 from onnxprune.passes.apply import finish, install
 from onnxprune.passes.base import RewritePass, WidthPass, select
 from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, score
-from onnxprune.runtime.measure import clock_for, ratio, time_sessions
+from onnxprune.runtime.measure import clock_for, in_turn, ratio, replicas, time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs
 from onnxprune.search.plan import Plan, recipe_dict
@@ -200,7 +201,7 @@ class _Search:
         recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.provider, settings.recipe.align))
         self.bench = self._workbench(recipe)
         self.trail: list[dict[str, Any]] = []
-        self._given_session = open_session(study_.given, settings.runtime)
+        self._given_sessions = [open_session(study_.given, settings.runtime) for _ in range(replicas(study_.given.weight_bytes))]
 
     def _workbench(self, recipe: Recipe) -> Workbench:
         anatomy = self.study.anatomy
@@ -331,8 +332,12 @@ class _Search:
 
     def _measure(self, student: Student, given: float) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
-        session = open_session(self.ship(student), self.settings.runtime)
-        calls = {"given": lambda: run(self._given_session, self.request), "pruned": lambda: run(session, self.request)}
+        model = self.ship(student)
+        pruned = [open_session(model, self.settings.runtime) for _ in self._given_sessions]
+        calls = {
+            name: in_turn([partial(run, session, self.request) for session in group])
+            for name, group in (("given", self._given_sessions), ("pruned", pruned))
+        }
         clock = clock_for(self.settings.runtime)
         timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=81, tolerance=0.005, max_seconds=15.0)
         return given * ratio(timings, "pruned", "given").median

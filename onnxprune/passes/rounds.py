@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-CLASS_ROW_WEIGHT = 1.0
+CLASS_ROW_WEIGHT = float(__import__('os').environ.get('CRW','1'))
 """How much more than another token the first one weighs in a re-fit of a model that classifies from it."""
 
 

@@ -7,9 +7,10 @@ ratios. With one thread the thread's CPU time is read, which other processes har
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,10 @@ WARM_UPS = 5
 MINIMUM_ROUNDS = 11
 SAMPLE_SECONDS = 0.005
 """A sample repeats a run until it lasts this long, so that the clock's own cost and resolution do not matter."""
+
+REPLICAS = 3
+REPLICA_BYTES = 200_000_000
+"""Sessions of the same bytes differ by a per cent or two, so models with less weight than this are timed over several sessions."""
 
 Clock = Literal["thread", "wall"]
 _CLOCKS: Mapping[str, Callable[[], float]] = {"thread": time.thread_time, "wall": time.perf_counter}
@@ -60,6 +65,17 @@ def clock_for(options: RuntimeOptions) -> Clock:
     """``thread`` for one thread on the CPU, else ``wall``: thread time sees neither worker threads nor a GPU."""
     on_cpu = PROVIDERS.get(options.provider.lower(), options.provider) == PROVIDERS["cpu"]
     return "thread" if options.threads == 1 and on_cpu else "wall"
+
+
+def replicas(weight_bytes: int) -> int:
+    """How many sessions to time a model over: several, unless their memory would matter."""
+    return REPLICAS if weight_bytes < REPLICA_BYTES else 1
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """One call that makes the given ones in turn, one each time."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
 def time_sessions(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import Kept
-from onnxprune.runtime.measure import clock_for, latency_ms, ratio, time_sessions
+from onnxprune.runtime.measure import clock_for, in_turn, latency_ms, ratio, replicas, time_sessions
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
 
 CostUnit = Literal["ms", "macs", "params", "bytes"]
@@ -169,5 +170,5 @@ def _features(
 
 
 def _caller(model: Model, feeds: Feeds, options: RuntimeOptions) -> Callable[[], object]:
-    session = open_session(model, options)
-    return lambda: run(session, feeds)
+    sessions = [open_session(model, options) for _ in range(replicas(model.weight_bytes))]
+    return in_turn([partial(run, session, feeds) for session in sessions])
