@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, inliner
 
 from onnxprune.errors import InputError
@@ -120,10 +121,15 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 
 
 def _fold_weights(model: Model) -> Model:
-    """Identity, Transpose, Reshape, Squeeze, Unsqueeze and Constant nodes on weights become initializers of their own."""
+    """Identity, Transpose, Reshape, Squeeze, Unsqueeze and Constant nodes on weights become initializers.
+
+    The same change of the same weight is made once, and a table that is also looked up (a tied embedding) is left alone, so that the model
+    does not grow.
+    """
     view = GraphView(model)
     surgeon = Surgeon(model)
     values: dict[str, np.ndarray] = {}
+    made: dict[tuple[object, ...], gs.Tensor] = {}
     for node in view.nodes:
         if node.domain or node.op not in _FOLDABLE or len(node.outputs) != 1:
             continue
@@ -133,8 +139,16 @@ def _fold_weights(model: Model) -> Model:
         result = view.value(node.outputs[0]) if node.op == "Constant" else _evaluate(node, [a for a in operands if a is not None])
         if result is None or node.outputs[0] in view.graph_outputs:
             continue
+        edit = surgeon.nodes[node.index]
+        if node.op not in ("Constant", "Identity") and any(reader.op == "Gather" for reader, _ in view.consumers[node.inputs[0]]):
+            continue
         values[node.outputs[0]] = result
-        constant = surgeon.constant(result, node.inputs[0] if node.inputs else node.outputs[0])
+        if node.op == "Identity":
+            constant = edit.inputs[0]
+        else:
+            key = (node.outputs[0],) if node.op == "Constant" else (edit.inputs[0].name, node.op, result.shape, str(dict(node.attrs)))
+            constant = made.get(key) or surgeon.constant(result, node.inputs[0] if node.inputs else node.outputs[0])
+            made[key] = constant
         for reader, slot in view.consumers.get(node.outputs[0], ()):
             if slot >= 0:
                 surgeon.nodes[reader.index].inputs[slot] = constant
