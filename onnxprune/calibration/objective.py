@@ -24,6 +24,9 @@ from onnxprune.graph.view import GraphView
 Link = Literal["softmax", "identity"]
 LossSource = Literal["sampled", "labels"]
 
+TOKEN_DRAWS = 4
+"""Label draws kept per token; rounds take them in turn."""
+
 _CLASSES = re.compile(r"logit|score|prob|class|label|start|end", re.IGNORECASE)
 _FEATURES = re.compile(r"embed|hidden|pool|feature|sentence|vector|representation", re.IGNORECASE)
 
@@ -159,33 +162,55 @@ def _selects_first(view: GraphView, node, shape: tuple[int, ...] | None) -> bool
 
 
 class Targets:
-    """Targets of every batch, from the dense model's outputs (or from labels); drawn anew, reproducibly, for each round."""
+    """Targets of every batch, from the dense model's outputs (or from labels); drawn anew, reproducibly, for each round.
 
-    def __init__(
-        self, objective: Objective, outputs: Sequence[np.ndarray], batches: Sequence[Batch], source: LossSource, seed: int
-    ) -> None:
+    Add the dense output of every batch in order, then ask for :meth:`feeds`. Outputs of one row per sample are kept; of one row per token
+    only the labels drawn from them, :data:`TOKEN_DRAWS` for each token, as a vocabulary of scores per token would not fit in memory.
+    """
+
+    def __init__(self, objective: Objective, batches: Sequence[Batch], source: LossSource, seed: int) -> None:
         self.objective, self.batches, self.source, self.seed = objective, batches, source, seed
-        self.outputs = outputs
-        self.spread = _spread(outputs) if objective.link == "identity" else 0.0
+        self._kept: list[np.ndarray] = []
+        self._drawn_early = objective.link == "softmax" and objective.token_level
+        self._sums = np.zeros(3)
+
+    def add(self, output: np.ndarray) -> None:
+        """The dense model's output [rows, ..., width] for the next batch."""
+        values = output.astype(np.float32)
+        self._sums += (values.size, values.sum(dtype=np.float64), np.square(values, dtype=np.float64).sum())
+        if self._drawn_early:
+            number = len(self._kept)
+            self._kept.append(np.stack([_draw(values, [self.seed, draw, number]) for draw in range(TOKEN_DRAWS)]).astype(np.int32))
+        else:
+            self._kept.append(values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the dense outputs: the size of the displacement that probes a vector."""
+        count, total, squares = self._sums
+        return float(np.sqrt(max(squares / count - (total / count) ** 2, 0.0)))
 
     def feeds(self, number: int, draw: int) -> dict[str, np.ndarray]:
         """``onnxprune.target`` and ``onnxprune.weight`` of batch ``number`` in draw ``draw``."""
-        batch, dense = self.batches[number], self.outputs[number]
-        rng = np.random.default_rng([self.seed, draw, number])
-        weight = self._weight(batch, dense.shape[:-1])
+        batch, dense = self.batches[number], self._kept[number]
+        shape = dense.shape[1:] if self._drawn_early else dense.shape[:-1]
+        weight = self._weight(batch, shape)
         if self.objective.link == "identity":
-            target = dense + self.spread * rng.standard_normal(dense.shape, dtype=np.float32)
-        elif self.source == "labels":
+            rng = np.random.default_rng([self.seed, draw, number])
+            target = dense + np.float32(self.spread) * rng.standard_normal(dense.shape, dtype=np.float32)
+            return {"onnxprune.target": target, "onnxprune.weight": weight}
+        if self.source == "labels":
             labels, weight = self._labels(batch, weight)
-            target = np.eye(dense.shape[-1], dtype=np.float32)[labels]
+        elif self._drawn_early:
+            labels = dense[draw % TOKEN_DRAWS]
         else:
-            drawn = (dense + rng.gumbel(size=dense.shape)).argmax(axis=-1)
-            target = np.zeros(dense.shape, np.float32)
-            np.put_along_axis(target, drawn[..., None], 1, axis=-1)
-        return {"onnxprune.target": target.astype(np.float32), "onnxprune.weight": weight}
+            labels = _draw(dense, [self.seed, draw, number])
+        target = np.zeros((*shape, self.objective.width), np.float32)
+        np.put_along_axis(target, labels[..., None].astype(np.int64), 1, axis=-1)
+        return {"onnxprune.target": target, "onnxprune.weight": weight}
 
     def _weight(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
-        weight: np.ndarray = np.ones(shape, np.float32) * batch.valid.reshape([-1] + [1] * (len(shape) - 1))
+        weight = np.ones(shape, np.float32) * batch.valid.reshape([-1] + [1] * (len(shape) - 1))
         if len(shape) == 2 and batch.token_mask is not None and batch.token_mask.shape == shape:
             weight = weight * batch.token_mask
         return np.asarray(weight, np.float32)
@@ -196,11 +221,9 @@ class Targets:
         return np.where(ignored, 0, batch.labels).astype(np.int64), weight * ~ignored
 
 
-def _spread(outputs: Sequence[np.ndarray]) -> float:
-    """Standard deviation of the outputs: the size of the displacement that probes an embedding."""
-    count = sum(array.size for array in outputs)
-    mean = sum(float(array.sum(dtype=np.float64)) for array in outputs) / count
-    return float(np.sqrt(sum(float(((array - mean) ** 2).sum(dtype=np.float64)) for array in outputs) / count))
+def _draw(scores: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """One label per row, from the softmax of ``scores`` (Gumbel maximum)."""
+    return np.asarray((scores + np.random.default_rng(seed).gumbel(size=scores.shape)).argmax(axis=-1))
 
 
 def check_loss(objective: Objective, data: CalibrationData, source: LossSource) -> None:

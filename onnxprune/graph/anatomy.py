@@ -24,7 +24,7 @@ from onnxprune.graph.view import GraphView, Node
 Kind = Literal["heads", "ffn"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
-_FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +303,7 @@ def residual_join(view: GraphView, tensor: str) -> Node | None:
             return None
         node, slot = readers[0]
         others = [name for position, name in enumerate(node.inputs) if name and position != slot]
-        if node.op in ("Add", "Sum") or node.op in _FUSED_RESIDUAL:
+        if node.op in ("Add", "Sum") or node.op in FUSED_RESIDUAL:
             activations = [name for name in others if not view.is_constant(name)]
             if activations:
                 return node

@@ -456,10 +456,10 @@ def _attention(node: Node, s: Shapes) -> list[Link]:
     result.append(Tie(1, axis, 1, axis, key_index, np.searchsorted(key_head, key_head), batch=True))
     result += [Tie(operand, 0, -1, 0) for operand in (0, 1, 2)]
     if s.name(3):
-        mask = s.of(3)
-        if len(mask) == 4 and mask[1] == heads > 1:
+        mask = s.of(3)  # broadcast to [B, H, S, L] from the right
+        if len(mask) >= 3 and mask[-3] == heads > 1:
             first = np.searchsorted(key_head, np.arange(heads) // (heads // kv_heads))
-            result.append(Tie(3, 1, 1, axis, np.arange(heads), first, batch=True))
+            result.append(Tie(3, len(mask) - 3, 1, axis, np.arange(heads), first, batch=True))
     if not flat:
         result += [Tie(0, 3, 1, 3, contracts=True), Tie(2, 3, -1, 3), Tie(0, 2, -1, 2), Tie(1, 2, 2, 2, contracts=True)]
     return result

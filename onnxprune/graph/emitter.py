@@ -35,6 +35,8 @@ class Emitter:
         self.opset = self.model.opset()
         self.nodes: list[onnx.NodeProto] = []
         self._profile = profile
+        # One run seen twice says nothing about what varies, unless nothing can.
+        self._two_runs = profile is not None and (profile.shapes[0] != profile.shapes[1] or _is_static(self.proto, self.model.input_names))
         self._prefix = prefix
         self._count = 0
         self._integers: dict[str, int] = {}
@@ -77,7 +79,7 @@ class Emitter:
     def constant(self, tensor: str) -> np.ndarray | None:
         """Values that are the same in every run: an initializer, a Constant, or a small integer tensor equal in both profile runs."""
         value = self.view.value(tensor)
-        if value is not None or self._profile is None:
+        if value is not None or self._profile is None or not self._two_runs:
             return value
         seen = self._profile.constant_elements(tensor)
         if seen is None or not seen[1].all():
@@ -143,7 +145,8 @@ class Emitter:
     def size_of(self, tensor: str, axis: int) -> str:
         """Size of one axis as int64 [1]; a constant where the profile says so."""
         first, second = self.dims(tensor)
-        if first[axis] == second[axis] and axis % len(first) > 0:
+        settled = self._two_runs or tensor in self._dims
+        if settled and first[axis] == second[axis] and axis % len(first) > 0:
             return self.int64([first[axis]])
         return self.op("Gather", self.shape_of(tensor), self.int64([axis % len(first)]), axis=0)
 
@@ -198,6 +201,12 @@ class Emitter:
         """Import an operator domain at version 1 if the model does not."""
         if self.model.opset(domain) == 0:
             self.proto.opset_import.append(helper.make_opsetid(domain, 1))
+
+
+def _is_static(proto: onnx.ModelProto, names: Sequence[str]) -> bool:
+    """Whether every input declares all its sizes."""
+    inputs = [value.type.tensor_type for value in proto.graph.input if value.name in names]
+    return all(tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim) for tensor in inputs)
 
 
 def _inferred(proto: onnx.ModelProto) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:

@@ -12,8 +12,8 @@ from itertools import pairwise
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxprune.errors import OnnxPruneError
-from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.errors import InputError, OnnxPruneError
+from onnxprune.graph.anatomy import FUSED_RESIDUAL, Anatomy, Site
 from onnxprune.graph.axis_rules import Shapes, packed_sizes, slice_ranges
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
@@ -31,7 +31,12 @@ def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
     """Remove every unit that is not kept.
 
     Equal, up to floating-point rounding, to multiplying the consumers' inputs by the mask of kept units.
+
+    Raises:
+        InputError: ``kept`` names a site or a unit that the model does not have.
+        SlicingError: a node on the way cannot be resized.
     """
+    _check(anatomy, kept)
     cut = [site for site in anatomy.sites if site.name in kept and len(kept[site.name]) < site.units]
     if not cut:
         return anatomy.model
@@ -47,6 +52,16 @@ def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
         if len(kept[site.name]) == 0:
             _silence(anatomy, site, surgeon)
     return surgeon.close()
+
+
+def _check(anatomy: Anatomy, kept: Kept) -> None:
+    units = {site.name: site.units for site in anatomy.sites}
+    for name, indices in kept.items():
+        if name not in units:
+            raise InputError(f"the model has no site {name!r}; it has {', '.join(units) or 'none'}")
+        given = np.asarray(indices)
+        if len(given) and (given.min() < 0 or given.max() >= units[name] or (np.diff(given) <= 0).any()):
+            raise InputError(f"kept units of {name} must be ascending numbers from 0 to {units[name] - 1}, each once")
 
 
 class _Cut:
@@ -175,25 +190,22 @@ def _resize_slice(patient: _Patient) -> None:
     cut = {axis: stays for axis in ranges if (stays := patient.stays(0, axis)) is not None and not stays.all()}
     if not cut:
         return
-    axes = np.array(sorted(ranges))
-    starts, ends = [], []
+    axes = sorted(ranges)
+    bounds = []
     for axis in axes:
         picked = ranges[axis]
-        if axis in cut:
-            if len(picked) and (np.diff(picked) != 1).any():
-                raise SlicingError(f"{patient.node} takes every {picked[1] - picked[0]}th position of an axis that is pruned")
-            starts.append(int(cut[axis][: picked[0]].sum()))
-            ends.append(int(cut[axis][: picked[-1] + 1].sum()))
-        elif patient.anatomy.profile.dim(patient.node.outputs[0], int(axis)) is None:
+        if len(picked) > 1 and (np.diff(picked) != 1).any():
+            raise SlicingError(f"{patient.node} takes positions of a pruned tensor out of order or with gaps")
+        if axis not in cut and patient.anatomy.profile.dim(patient.node.outputs[0], axis) is None:
             raise SlicingError(f"{patient.node} slices a dynamic axis together with a pruned one")
-        else:
-            starts.append(int(picked[0]))
-            ends.append(int(picked[-1]) + 1)
+        stays = cut.get(axis, np.ones(patient.shapes.of(0)[axis], bool))
+        first, last = (picked[0], picked[-1] + 1) if len(picked) else (0, 0)
+        bounds.append((int(stays[:first].sum()), int(stays[:last].sum()), axis))
     if patient.anatomy.model.opset() < 10:
-        patient.edit.attrs.update(starts=starts, ends=ends, axes=axes.tolist())
+        patient.edit.attrs.update(zip(("starts", "ends", "axes"), map(list, zip(*bounds, strict=True)), strict=True))
         return
-    operands = [np.array(starts, np.int64), np.array(ends, np.int64), axes.astype(np.int64)]
-    patient.edit.inputs = [patient.edit.inputs[0], *(patient.surgeon.constant(array, patient.node.name + ".range") for array in operands)]
+    operands = [patient.surgeon.constant(np.array(column, np.int64), patient.node.name + ".range") for column in zip(*bounds, strict=True)]
+    patient.edit.inputs = [patient.edit.inputs[0], *operands]
 
 
 def _resize_gather(patient: _Patient) -> None:
@@ -255,57 +267,66 @@ _RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
 
 
 def _silence(anatomy: Anatomy, site: Site, surgeon: Surgeon) -> None:
-    """Replace each product over an empty axis by the constant it computes, pushed through the bias to where the branch is added."""
+    """Replace each product over an empty axis by the constant it computes, at the addition where the branch ends."""
     for consumer in site.consumers:
         node = consumer.leaf.node
-        edit = surgeon.nodes[node.index]
         weight = anatomy.view.value(consumer.leaf.tensor)
+        shape = anatomy.profile.shape(node.outputs[0])
         assert weight is not None
-        width = weight.shape[1 - consumer.leaf.axis]
-        vector = np.zeros(width, weight.dtype)
+        assert shape
+        vector = np.zeros(shape[-1], weight.dtype)
         if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2]:
-            bias = anatomy.view.value(node.inputs[2])
+            bias = _along_last(anatomy, node.inputs[2], vector)
             if bias is None:
-                raise SlicingError(f"{node}: an emptied branch needs a constant bias")
-            vector = vector + bias.reshape(-1) * np.asarray(node.attrs.get("beta", 1.0), weight.dtype)
-        _push_constant(anatomy, node.outputs[0], vector, edit.outputs[0], surgeon)
+                raise _cannot_empty(node)
+            vector = vector + bias * np.asarray(node.attrs.get("beta", 1.0), weight.dtype)
+        _push_constant(anatomy, node.outputs[0], vector, surgeon)
 
 
-def _push_constant(anatomy: Anatomy, name: str, vector: np.ndarray, tensor: gs.Tensor, surgeon: Surgeon) -> None:
-    """Feed ``vector`` (the last axis of ``tensor``) to the readers of ``tensor`` in its place."""
+_ARITHMETIC: Mapping[str, np.ufunc] = {"Add": np.add, "Sum": np.add, "Mul": np.multiply, "Div": np.divide}
+
+
+def _push_constant(anatomy: Anatomy, name: str, vector: np.ndarray, surgeon: Surgeon) -> None:
+    """Carry ``vector``, which ``name`` holds along its last axis, through biases and scales to the addition that joins the residual."""
     view = anatomy.view
-    readers = view.consumers.get(name, [])
-    if len(readers) == 1 and name not in view.graph_outputs:
-        node, slot = readers[0]
-        other = next((n for position, n in enumerate(node.inputs) if position != slot), "")
-        value = view.value(other) if other else None
-        same_width = value is not None and value.size in (1, vector.size) and value.shape[-1:] in ((), (1,), (vector.size,))
-        shape_in, shape_out = anatomy.profile.shape(name), anatomy.profile.shape(node.outputs[0])
-        keeps_last = bool(shape_in and shape_out and shape_in[-1] == shape_out[-1])
-        following = surgeon.nodes[node.index].outputs[0]
-        if node.op in ("Add", "Mul") and same_width and value is not None:
-            flat = value.reshape(-1)
-            _push_constant(anatomy, node.outputs[0], vector + flat if node.op == "Add" else vector * flat, following, surgeon)
-            return
-        if node.op in ("Reshape", "Identity", "Dropout") and keeps_last:
-            _push_constant(anatomy, node.outputs[0], vector, following, surgeon)
-            return
-        if node.op in ("Add", "Sum") and not view.is_constant(other):
+    while True:
+        ((node, slot),) = view.consumers[name]
+        others = [other for position, other in enumerate(node.inputs) if other and position != slot]
+        if node.op in ("Add", "Sum") and not all(view.is_constant(other) for other in others):
             surgeon.nodes[node.index].inputs[slot] = surgeon.constant(vector, name)
             return
-    _broadcast_constant(anatomy, name, vector, tensor, surgeon)
+        if node.op in FUSED_RESIDUAL:
+            shape, full = surgeon.variable(name, np.int64), surgeon.variable(name, vector.dtype)
+            surgeon.add("Shape", [surgeon.nodes[node.index].inputs[1 - slot]], shape, name)
+            surgeon.add("Expand", [surgeon.constant(vector, name), shape], full, name)
+            surgeon.nodes[node.index].inputs[slot] = full
+            return
+        if node.op in _ARITHMETIC:
+            operand = _along_last(anatomy, others[0], vector)
+            if operand is None or len(others) > 1 or (node.op == "Div" and slot):
+                raise _cannot_empty(node)
+            vector = np.asarray(_ARITHMETIC[node.op](vector, operand), vector.dtype)
+        elif not _keeps_last_axis(anatomy, node, vector.size):
+            raise _cannot_empty(node)
+        name = node.outputs[0]
 
 
-def _broadcast_constant(anatomy: Anatomy, name: str, vector: np.ndarray, tensor: gs.Tensor, surgeon: Surgeon) -> None:
-    """The general case: a constant expanded to the run-time shape of the tensor it stands for."""
-    maker = tensor.inputs[0]
-    source = maker.inputs[0]
-    shape, leading, full = surgeon.variable(name, np.int64), surgeon.variable(name, np.int64), surgeon.variable(name, np.int64)
-    surgeon.add("Shape", [source], shape, name)
-    rank = len(anatomy.profile.shape(source.name) or ())
-    bounds = [surgeon.constant(np.array([value], np.int64), name) for value in (0, rank - 1)]
-    surgeon.add("Slice", [shape, *bounds], leading, name)
-    width = surgeon.constant(np.array([vector.size], np.int64), name)
-    surgeon.add("Concat", [leading, width], full, name, axis=0)
-    maker.outputs = []
-    surgeon.add("Expand", [surgeon.constant(vector, name), full], tensor, name)
+def _along_last(anatomy: Anatomy, name: str, vector: np.ndarray) -> np.ndarray | None:
+    """A constant that only varies along the last axis, flat; None for any other."""
+    value = anatomy.view.value(name)
+    if value is None or not (value.size == 1 or value.shape[-1] == value.size == vector.size):
+        return None
+    return value.reshape(-1)
+
+
+def _keeps_last_axis(anatomy: Anatomy, node: Node, width: int) -> bool:
+    before, after = anatomy.profile.shape(node.inputs[0]), anatomy.profile.shape(node.outputs[0])
+    if not before or not after or before[-1] != width or after[-1] != width:
+        return False
+    if node.op == "Transpose":
+        return bool(node.attrs.get("perm", [0])[-1] == len(before) - 1)
+    return node.op in ("Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+
+
+def _cannot_empty(node: Node) -> SlicingError:
+    return SlicingError(f"{node} stands between a branch that keeps nothing and the residual sum and is not understood; keep a unit there")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -208,12 +208,11 @@ class _Search:
         batches = list(self.calibration.batches(_BATCH_ROWS, trim=True))
         tensor = self.objective.tensor
         session = open_session(with_outputs(anatomy.model, [tensor], keep=False), self.settings.runtime)
-        outputs = []
+        targets = Targets(self.objective, batches, self.settings.loss, recipe.seed)
         for number, batch in enumerate(batches):
-            outputs.append(run(session, batch.feeds, [tensor])[0].astype(np.float32))
+            targets.add(run(session, batch.feeds, [tensor])[0])
             if self.progress:
                 self.progress("dense outputs", number + 1, len(batches))
-        targets = Targets(self.objective, outputs, batches, self.settings.loss, recipe.seed)
         return Workbench(anatomy, self.study.sites, self.objective, batches, targets, self.settings.runtime, recipe, self.progress)
 
     def build(self, kept: Kept) -> Model:
@@ -239,7 +238,7 @@ class _Search:
             student, table, predicted, measured = self._reach(table, given, goal)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
 
-    def _impossible(self, table: CostTable, given: float, goal: float) -> None:
+    def _impossible(self, table: CostTable, given: float, goal: float) -> NoReturn:
         words = {"ms": "ms", "macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}[table.unit]
         raise TargetError(
             f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with every {' and '.join(sorted({s.kind for s in self.bench.sites}))} "
@@ -268,7 +267,6 @@ class _Search:
         found = descend(self.bench, table, goal, self.bench.recipe.rounds)
         if found is None:
             self._impossible(table, given, goal)
-        assert found is not None
         student, before, scores = found
         if table.unit != "ms":
             cost = table.predict(student.counts)
@@ -288,6 +286,7 @@ class _Search:
             if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
                 break
             student = again
+        assert best is not None
         _, student, predicted, measured = best
         return student, table, predicted, measured
 

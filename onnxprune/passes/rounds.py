@@ -20,7 +20,7 @@ from onnxprune.graph.slicing import Kept, slice_model
 from onnxprune.importance.fisher import diagonal, rearrange
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.passes.refit import Changes, SiteFit, refit
-from onnxprune.passes.scoring import local_scores, mask_gradients
+from onnxprune.passes.scoring import fisher_sums, local_scores, mask_gradients
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.costs import CostTable
 from onnxprune.search.knapsack import Options, solve
@@ -93,21 +93,17 @@ def score(bench: Workbench, student: Student, draw: int) -> Scores:
     """Measure the importance of the units of ``student``. ``draw`` selects the random targets of this round."""
     name = bench.recipe.importance
     if CRITERIA[name].needs != "gradients":
-        scores = local_scores(bench.anatomy, student.model, student.kept, bench.sites, name, bench.batches, bench.options)
-        return Scores(scores)
-    gradients = mask_gradients(
-        bench.anatomy,
-        student.model,
-        student.kept,
-        bench.sites,
-        bench.objective,
-        bench.targets,
-        draw,
-        bench.options,
-        bench.report("mask gradients"),
+        return Scores(local_scores(student.model, student.kept, bench.sites, name, bench.batches, bench.options))
+    batches = mask_gradients(
+        student.model, student.kept, bench.sites, bench.objective, bench.targets, draw, bench.options, bench.report("mask gradients")
     )
-    saliency = {site.name: diagonal(gradients[site.name]) if site.name in gradients else np.zeros(0) for site in bench.sites}
-    return Scores(saliency, gradients if name == "block-fisher" else None)
+    empty = np.zeros(0)
+    if name == "block-fisher":
+        parts = list(batches)
+        gradients = {site: np.concatenate([part[site] for part in parts]) for site in parts[0]}
+        return Scores({site.name: diagonal(gradients[site.name]) if site.name in gradients else empty for site in bench.sites}, gradients)
+    sums = fisher_sums(batches)
+    return Scores({site.name: sums.mean(site.name) if site.name in sums else empty for site in bench.sites})
 
 
 def choose(bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float) -> dict[str, np.ndarray] | None:

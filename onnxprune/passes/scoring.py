@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
-from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.calibration.statistics import Statistics
+from onnxprune.graph.anatomy import Site
 from onnxprune.graph.autodiff import Tap, gradient_model
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
@@ -26,12 +27,11 @@ def student_labels(site: Site, kept: np.ndarray, labels: np.ndarray) -> np.ndarr
     number = np.full(site.units + 1, -2)
     number[-1] = -1
     number[kept] = np.arange(len(kept))
-    mapped = number[labels]
-    return mapped[mapped != -2]
+    mapped: np.ndarray = number[labels]
+    return np.asarray(mapped[mapped != -2])
 
 
 def mask_gradients(
-    anatomy: Anatomy,
     student: Model,
     kept: Kept,
     sites: Sequence[Site],
@@ -40,29 +40,33 @@ def mask_gradients(
     draw: int,
     options: RuntimeOptions,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """Per-sample mask gradients of the kept units: site -> float32 [samples, kept units]."""
+) -> Iterator[dict[str, np.ndarray]]:
+    """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units]."""
     taps = [
         Tap(f"{site.name}#{position}", consumer.tensor, consumer.axis, student_labels(site, kept[site.name], consumer.labels), len(kept[site.name]))
         for site in sites
         if len(kept[site.name])
         for position, consumer in enumerate(_distinct(site))
     ]
-    model = gradient_model(student, taps, objective.tensor, objective.link, take_profile(student))
-    session = open_session(model, options)
-    collected: dict[str, list[np.ndarray]] = {tap.name: [] for tap in taps}
+    session = open_session(gradient_model(student, taps, objective.tensor, objective.link, take_profile(student)), options)
     for number, batch in enumerate(targets.batches):
         values = run(session, {**batch.feeds, **targets.feeds(number, draw)}, [GRAD + tap.name for tap in taps])
+        found: dict[str, np.ndarray] = {}
         for tap, value in zip(taps, values, strict=True):
-            collected[tap.name].append(value[batch.valid])
+            name = tap.name.rsplit("#", 1)[0]
+            found[name] = found[name] + value[batch.valid] if name in found else value[batch.valid]
+        yield found
         if progress:
             progress(number + 1, len(targets.batches))
-    result: dict[str, np.ndarray] = {}
-    for tap in taps:
-        name = tap.name.rsplit("#", 1)[0]
-        rows = np.concatenate(collected.pop(tap.name))
-        result[name] = result[name] + rows if name in result else rows
-    return result
+
+
+def fisher_sums(gradients: Iterable[dict[str, np.ndarray]]) -> Statistics:
+    """Sums of squared per-sample mask gradients, by site: the statistics of the diagonal Fisher, mergeable over shards."""
+    sums = Statistics()
+    for batch in gradients:
+        for site, values in batch.items():
+            sums.add(site, np.square(values, dtype=np.float64).sum(axis=0), len(values))
+    return sums
 
 
 def _distinct(site: Site):  # type: ignore[no-untyped-def]
@@ -90,7 +94,6 @@ def gram_matrices(
 
 
 def local_scores(
-    anatomy: Anatomy,
     student: Model,
     kept: Kept,
     sites: Sequence[Site],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ class Plan:
         """Identity of the decision, compensation included."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path`` (JSON) and, if there are compensated weights, ``<path without suffix>.npz`` beside it.
 
         Raises:
@@ -99,7 +100,7 @@ def digest(changes: Changes) -> str | None:
     return result.hexdigest()
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan and its compensated weights.
 
     Raises:

@@ -14,8 +14,10 @@ def _unbroadcast(tape: Tape, node: Node, parts: dict[int, str]) -> Adjoints:
 
 @rule("Identity", "Dropout")
 def identity(tape: Tape, node: Node, dy: str) -> Adjoints:
-    if node.op == "Dropout" and len(node.inputs) > 2 and node.inputs[2] and tape.constant(node.inputs[2]) is None:
-        raise MissingGradient(node, "training mode is decided at run time")
+    if node.op == "Dropout" and len(node.inputs) > 2 and node.inputs[2]:
+        training = tape.constant(node.inputs[2])
+        if training is None or training.any():
+            raise MissingGradient(node, "it is in training mode, or may be at run time")
     return {0: dy}
 
 
@@ -83,8 +85,9 @@ def power(tape: Tape, node: Node, dy: str) -> Adjoints:
             number = float(value.reshape(()))
             slope = tape.scaled(base, 2.0, base) if number == 2 else _power_slope(tape, base, number)
         else:
-            lowered = tape.op("Pow", base, tape.op("Sub", exponent, tape.scalar(1.0, exponent)))
-            slope = tape.op("Mul", exponent, lowered)
+            if tape.type_of(exponent) != tape.type_of(base):
+                exponent = tape.op("Cast", exponent, to=tape.type_of(base) or 1)
+            slope = tape.op("Mul", exponent, tape.op("Pow", base, tape.op("Sub", exponent, tape.scalar(1.0, base))))
         parts[0] = tape.op("Mul", dy, slope)
     if tape.wants(node, 1):
         parts[1] = tape.op("Mul", dy, tape.op("Mul", node.outputs[0], tape.op("Log", base)))

@@ -66,8 +66,6 @@ def gradient_model(model: Model, taps: Sequence[Tap], output: str, link: Link, p
     if profile is None or lowered is not model:
         profile = take_profile(lowered)
     tape = Tape(_alive(lowered, [output, *(tap.tensor for tap in taps)]), profile)
-    if not tape.model.input_names:
-        raise InputError("the model has no inputs, so there are no samples to differentiate by")
     seed = _seed(tape, output, link)
     adjoints = differentiate(tape, {output: seed}, list(dict.fromkeys(tap.tensor for tap in taps)))
     for tap in taps:
@@ -102,7 +100,7 @@ def _emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
             f"tap {tap.name!r} has {len(tap.labels)} labels for axis {tap.axis} of {tap.tensor!r}, whose shape is {list(dims[0])}; "
             "labels must cover an axis other than the first"
         )
-    sample = tape.model.input_names[0]
+    sample = _sample_input(tape)
     batches = (tape.dims(sample)[0][0], tape.dims(sample)[1][0])
     batch = tape.op("Gather", tape.shape_of(sample), tape.int64([0]), axis=0)
     if adjoint is None:
@@ -117,6 +115,14 @@ def _emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
         rank, axis = rank + 1, axis + 1
     total = tape.reduce("ReduceSum", product, [other for other in range(1, rank) if other != axis], keepdims=False)
     _by_unit(tape, tap, total, output)
+
+
+def _sample_input(tape: Tape) -> str:
+    """A graph input whose leading axis counts the samples."""
+    for name in tape.model.input_names:
+        if len(tape.dims(name)[0]) > 0:
+            return name
+    raise InputError("no input of the model has a sample axis, so gradients cannot be told apart by sample")
 
 
 def _by_unit(tape: Tape, tap: Tap, total: str, output: str) -> None:

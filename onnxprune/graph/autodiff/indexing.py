@@ -25,7 +25,10 @@ def slice_(tape: Tape, node: Node, dy: str) -> Adjoints:
     for position, axis in enumerate(axes):
         whole = tape.size_of(x, axis)
         left[axis] = _start(tape, starts, position, whole)
-        right[axis] = _minus(tape, _minus(tape, whole, left[axis]), tape.size_of(y, axis))
+        # Bounds that are data may have been the same in both profile runs by chance.
+        settled = "starts" in node.attrs or all(tape.constant(name) is not None for name in node.inputs[1:3])
+        taken = tape.size_of(y, axis) if settled else tape.op("Gather", tape.shape_of(y), tape.int64([axis]), axis=0)
+        right[axis] = _minus(tape, _minus(tape, whole, left[axis]), taken)
     return {0: _pad(tape, dy, left, right)}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from onnxprune.graph.autodiff import activation, elementwise, indexing, matmul, normalization, reduction, shape
 from onnxprune.graph.autodiff.rules import RULES, MissingGradient, Tape
@@ -32,20 +35,19 @@ def differentiate(tape: Tape, seeds: Mapping[str, str], wrt: Sequence[str]) -> d
         MissingGradient: a node on the way has no rule.
     """
     tape.active = _active(tape, seeds, wrt)
-    gelus = {match[0].index: match[1:] for match in erf_gelus(tape.view)}
+    wanted = set(wrt)
+    gelus = {gelu.last.index: gelu for gelu in erf_gelus(tape.view) if not wanted & gelu.interior}
     gathered: dict[str, list[str]] = {name: [seed] for name, seed in seeds.items()}
     result: dict[str, str] = {}
-    wanted = set(wrt)
     for node in reversed(tape.view.nodes):
         adjoints = [_total(tape, gathered.pop(name, None)) if name else None for name in node.outputs]
         result.update((name, adjoint) for name, adjoint in zip(node.outputs, adjoints, strict=True) if name in wanted and adjoint)
         if not any(adjoints) or not any(name in tape.active for name in node.inputs):
             continue
         if node.index in gelus:
-            x, scaled, one_plus_erf = gelus[node.index]
-            contributions = {x: activation.erf_gelu(tape, scaled, one_plus_erf, x, str(adjoints[0]))}
-            for name, adjoint in contributions.items():
-                gathered.setdefault(name, []).append(adjoint)
+            gelu = gelus[node.index]
+            adjoint = activation.erf_gelu(tape, gelu.scaled, gelu.one_plus_erf, gelu.x, str(adjoints[0]))
+            gathered.setdefault(gelu.x, []).append(adjoint)
             continue
         found = RULES.get((node.domain, node.op))
         if found is None:
@@ -81,15 +83,24 @@ def _active(tape: Tape, seeds: Mapping[str, str], wrt: Sequence[str]) -> set[str
     return active
 
 
-def erf_gelus(view: GraphView) -> list[tuple[Node, str, str, str]]:
-    """Every x/2 (1 + erf(x / sqrt 2)) that a graph spells out, as (last node, x, x / sqrt 2, 1 + erf).
+@dataclass(frozen=True)
+class ErfGelu:
+    """x/2 (1 + erf(x / sqrt 2)) spelled out: its last node, x, x / sqrt 2, 1 + erf, and every tensor between x and the result."""
 
-    One closed derivative replaces five rules. Either factor of the product may carry the half, or the product itself.
-    """
+    last: Node
+    x: str
+    scaled: str
+    one_plus_erf: str
+    interior: frozenset[str]
+
+
+def erf_gelus(view: GraphView) -> list[ErfGelu]:
+    """The GELUs that a graph spells out; one closed derivative replaces the five rules of each."""
     return [match for node in view.nodes if node.op == "Erf" and (match := _erf_gelu(view, node)) is not None]
 
 
-def _erf_gelu(view: GraphView, erf: Node) -> tuple[Node, str, str, str] | None:
+def _erf_gelu(view: GraphView, erf: Node) -> ErfGelu | None:
+    """Either factor of the product may carry the half, or the product itself."""
     scale = view.producer.get(erf.inputs[0])
     if scale is None or scale.op not in ("Div", "Mul"):
         return None
@@ -97,22 +108,24 @@ def _erf_gelu(view: GraphView, erf: Node) -> tuple[Node, str, str, str] | None:
     plus = _only_reader(view, erf.outputs[0], "Add")
     if factor is None or (scale.op == "Div" and factor == 0) or plus is None or _scalar(view, plus, 1.0) is None:
         return None
-    x = scale.inputs[1 - factor]
-    product = _only_reader(view, plus.outputs[0], "Mul")
+    x, grown = scale.inputs[1 - factor], plus.outputs[0]
+    product = _only_reader(view, grown, "Mul")
     if product is None:
         return None
-    half = _scalar(view, product, 0.5)
-    if half is not None:
-        last = _only_reader(view, product.outputs[0], "Mul")
-        return (last, x, scale.outputs[0], plus.outputs[0]) if last is not None and x in last.inputs else None
-    other = product.inputs[1 - product.inputs.index(plus.outputs[0])]
-    if other == x:
-        last = _only_reader(view, product.outputs[0], "Mul")
-        return (last, x, scale.outputs[0], plus.outputs[0]) if last is not None and _scalar(view, last, 0.5) is not None else None
+    interior = {scale.outputs[0], erf.outputs[0], grown}
+    other = product.inputs[1 - product.inputs.index(grown)]
     halved = view.producer.get(other)
-    if halved is None or halved.op != "Mul" or x not in halved.inputs or _scalar(view, halved, 0.5) is None:
+    last: Node | None = product
+    if halved is not None and halved.op == "Mul" and x in halved.inputs and _scalar(view, halved, 0.5) is not None:
+        interior.add(other)
+    elif other == x or _scalar(view, product, 0.5) is not None:
+        last = _only_reader(view, product.outputs[0], "Mul")
+        if last is None or (_scalar(view, last, 0.5) is None if other == x else x not in last.inputs):
+            return None
+        interior.add(product.outputs[0])
+    else:
         return None
-    return product, x, scale.outputs[0], plus.outputs[0]
+    return ErfGelu(last, x, scale.outputs[0], grown, frozenset(interior))
 
 
 def _only_reader(view: GraphView, tensor: str, op: str) -> Node | None:
@@ -121,9 +134,10 @@ def _only_reader(view: GraphView, tensor: str, op: str) -> Node | None:
 
 
 def _scalar(view: GraphView, node: Node, expected: float) -> int | None:
-    """Slot of the input that is the constant expected, else None."""
+    """Slot of the input that is the constant expected, as exactly as its element type can say it, else None."""
     for slot, name in enumerate(node.inputs):
         value = view.value(name)
-        if value is not None and value.size == 1 and abs(float(value.reshape(())) - expected) < 1e-4:
-            return slot
+        if value is not None and value.size == 1 and np.issubdtype(value.dtype, np.floating):
+            if abs(float(value.reshape(())) - expected) <= 2 * float(np.finfo(value.dtype).eps) * expected:
+                return slot
     return None
