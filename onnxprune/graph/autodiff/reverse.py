@@ -115,14 +115,15 @@ def _erf_gelu(view: GraphView, erf: Node) -> ErfGelu | None:
     interior = {scale.outputs[0], erf.outputs[0], grown}
     other = product.inputs[1 - product.inputs.index(grown)]
     halved = view.producer.get(other)
-    last: Node | None = product
+    last = product
     if halved is not None and halved.op == "Mul" and x in halved.inputs and _scalar(view, halved, 0.5) is not None:
         interior.add(other)
     elif other == x or _scalar(view, product, 0.5) is not None:
-        last = _only_reader(view, product.outputs[0], "Mul")
-        if last is None or (_scalar(view, last, 0.5) is None if other == x else x not in last.inputs):
+        reader = _only_reader(view, product.outputs[0], "Mul")
+        if reader is None or (_scalar(view, reader, 0.5) is None if other == x else x not in reader.inputs):
             return None
         interior.add(product.outputs[0])
+        last = reader
     else:
         return None
     return ErfGelu(last, x, scale.outputs[0], grown, frozenset(interior))
@@ -137,7 +138,8 @@ def _scalar(view: GraphView, node: Node, expected: float) -> int | None:
     """Slot of the input that is the constant expected, as exactly as its element type can say it, else None."""
     for slot, name in enumerate(node.inputs):
         value = view.value(name)
-        if value is not None and value.size == 1 and np.issubdtype(value.dtype, np.floating):
-            if abs(float(value.reshape(())) - expected) <= 2 * float(np.finfo(value.dtype).eps) * expected:
-                return slot
+        if value is None or value.size != 1 or not np.issubdtype(value.dtype, np.floating):
+            continue
+        if abs(float(value.reshape(())) - expected) <= 2 * float(np.finfo(value.dtype).eps) * expected:
+            return slot
     return None

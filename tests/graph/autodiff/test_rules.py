@@ -358,6 +358,31 @@ def test_inner_tensor_of_a_gelu_may_have_other_readers() -> None:
     _check(_wrap(nodes, {"x": ("n", 4)}, constants, ["y"], 17), {"x": ("n", 4)}, (2,), -3, 3)
 
 
+@pytest.mark.parametrize("tapped", ["x", "u", "e", "a", "h", "g"])
+def test_tap_inside_a_gelu_sees_what_passes_there(tapped: str) -> None:
+    """Seed d: the adjoints of x, x/sqrt 2, erf, 1 + erf, the product and the result, times their values."""
+    constants = {"half": np.float32(0.5), "one": np.float32(1.0), "root": np.float32(math.sqrt(2))}
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["u"]),
+        helper.make_node("Erf", ["u"], ["e"]),
+        helper.make_node("Add", ["e", "one"], ["a"]),
+        helper.make_node("Mul", ["x", "a"], ["h"]),
+        helper.make_node("Mul", ["h", "half"], ["g"]),
+        helper.make_node("Identity", ["g"], ["y"]),
+    ]
+    model = _tapped(nodes, {name: np.array(value) for name, value in constants.items()})
+    made = gradient_model(model, [Tap("t", tapped, 1, np.arange(3), 3)], "y", "identity")
+    x = np.array([[-1.0, 0.5, 2.0]])
+    u = x / math.sqrt(2)
+    e = np.vectorize(math.erf)(u)
+    d = x * (1 + e) / 2
+    du = d * x / 2 * 2 / math.sqrt(math.pi) * np.exp(-u * u)
+    expected = {"x": d * d + du * u, "u": du * u, "e": d * x / 2 * e, "a": d * x / 2 * (1 + e), "h": d * d, "g": d * d}[tapped]
+    feeds = {"x": x.astype(np.float32), TARGET: np.zeros((1, 3), np.float32), WEIGHT: np.ones(1, np.float32)}
+    (gradient,) = run(open_session(made), feeds)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_fully_masked_softmax_rows_get_zero_gradient() -> None:
     nodes = [
         helper.make_node("Add", ["x", "mask"], ["scores"]),
@@ -413,6 +438,44 @@ def test_unlabelled_positions_count_for_no_unit_and_dead_taps_are_zero() -> None
     assert made.output_names == (GRADIENT + "half", GRADIENT + "dead")
     np.testing.assert_allclose(half, [[1.0 + 4.0]])
     np.testing.assert_array_equal(dead, np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize("start", [0, 1, -2, -9])
+def test_slice_with_bounds_known_only_at_run_time(start: int) -> None:
+    """The bounds are data, so neither the graph nor its profile fixes them."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Slice", ["a", "start", "end", "axis"], ["s"]),
+        helper.make_node("Neg", ["s"], ["y"]),
+    ]
+    model = _tapped(nodes, {"end": ints(3), "axis": ints(1)})
+    proto = model.copy_proto()
+    proto.graph.input.append(helper.make_tensor_value_info("start", TensorProto.INT64, [1]))
+    made = gradient_model(model.with_proto(proto), [Tap("t", "a", 1, np.arange(3), 3)], "y", "identity")
+    x = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32)
+    kept = np.zeros((2, 3), np.float32)
+    kept[:, start:] = x[:, start:]
+    target = np.zeros(x[:, start:].shape, np.float32)
+    (gradient,) = run(open_session(made), {"x": x, "start": ints(start), TARGET: target, WEIGHT: np.ones(2, np.float32)})
+    np.testing.assert_allclose(gradient, kept**2)
+
+
+def test_half_precision_graph_returns_single_precision_gradients() -> None:
+    constants = {"w": W.astype(np.float16), "scale": SCALE.astype(np.float16), "shift": SHIFT.astype(np.float16)}
+    nodes = [
+        helper.make_node("Sigmoid", ["x"], ["a"]),
+        helper.make_node("LayerNormalization", ["a", "scale", "shift"], ["n"]),
+        helper.make_node("MatMul", ["n", "w"], ["y"]),
+    ]
+    half = _wrap(nodes, {"x": ("n", 4)}, constants, ["y"], 17, TensorProto.FLOAT16)
+    single = _wrap(nodes, {"x": ("n", 4)}, {k: v.astype(np.float32) for k, v in constants.items()}, ["y"], 17, TensorProto.FLOAT)
+    x, target = RNG.standard_normal((3, 4)), np.eye(5, dtype=np.float32)[:3]
+    gradients = []
+    for model, dtype in ((half, np.float16), (single, np.float32)):
+        made = gradient_model(model, [Tap("t", "a", 1, np.arange(4), 4)], "y", "softmax")
+        gradients += run(open_session(made), {"x": x.astype(dtype), TARGET: target, WEIGHT: np.ones(3, np.float32)})
+    assert gradients[0].dtype == np.float32
+    np.testing.assert_allclose(gradients[0], gradients[1], atol=0.03)
 
 
 def test_unknown_tap_and_wrong_labels_are_input_errors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import onnx
 import pytest
 
 from onnxprune.graph.autodiff import GRADIENT, TARGET, WEIGHT, Link, Tap, gradient_model
-from onnxprune.graph.model import load
+from onnxprune.graph.model import Model, load
+from onnxprune.graph.profile import Profile, take_profile
 from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import open_session
 from tests import zoo
@@ -33,8 +35,7 @@ def _sites(name: str) -> dict[str, tuple[Any, int]]:
     return found
 
 
-def _taps(name: str) -> list[Tap]:
-    model = load(zoo.path(name))
+def _taps(name: str, model: Model) -> list[Tap]:
     view = GraphView(model)
     taps = []
     for site, (module, units) in _sites(name).items():
@@ -105,9 +106,26 @@ def _target(name: str, shape: tuple[int, ...], link: Link, seed: int) -> tuple[n
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_mask_gradients_equal_autograd_at_two_sizes(name: str) -> None:
+    _check(name, load(zoo.path(name)))
+
+
+@pytest.mark.parametrize("name", ["bert-eager-ts17", "minilm-sdpa-do18", "vit-sdpa-ts17"])
+def test_mask_gradients_survive_the_fusions_of_onnxruntime(name: str, tmp_path: Path) -> None:
+    """Attention, SkipLayerNormalization and BiasGelu of com.microsoft take part."""
+    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+    architecture = name.split("-")[0]
+    kind = "vit" if architecture == "vit" else "bert"
+    heads, hidden = zoo.HEADS[architecture], zoo.HIDDEN[architecture]
+    fused = optimizer.optimize_model(str(zoo.path(name)), model_type=kind, num_heads=heads, hidden_size=hidden, opt_level=0)
+    fused.save_model_to_file(str(tmp_path / "fused.onnx"))
+    assert {node.op_type for node in fused.model.graph.node if node.domain} >= {"SkipLayerNormalization", "BiasGelu"}
+    _check(name, load(tmp_path / "fused.onnx"))
+
+
+def _check(name: str, original: Model, profile: Profile | None = None) -> None:
     link: Link = "identity" if name.startswith("minilm") else "softmax"
-    taps = _taps(name)
-    model = gradient_model(load(zoo.path(name)), taps, zoo.OUTPUTS[name.split("-")[0]], link)
+    taps = _taps(name, original)
+    model = gradient_model(original, taps, zoo.OUTPUTS[name.split("-")[0]], link, profile)
     session = open_session(model)
     assert model.output_names == tuple(GRADIENT + tap.name for tap in taps)
     for batch, seq, seed in ((3, 11, 0), (2, 6, 1)):
@@ -122,11 +140,19 @@ def test_mask_gradients_equal_autograd_at_two_sizes(name: str) -> None:
             assert error <= 1e-5, f"{site} at batch {batch}, sequence {seq}"
 
 
+def test_profile_of_one_run_bakes_no_dynamic_size_into_the_graph() -> None:
+    """Where made-up inputs do not run, both halves of a profile are the same run on real ones."""
+    name = "llama-eager-do18"
+    original = load(zoo.path(name))
+    both = take_profile(original)
+    _check(name, original, Profile((both.shapes[0], both.shapes[0]), (both.integers[0], both.integers[0])))
+
+
 def test_gradient_graph_shares_weights_and_leaves_the_model_alone() -> None:
     name = "bert-sdpa-do18"
     model = load(zoo.path(name))
     before = model.proto.SerializeToString(deterministic=True)
-    made = gradient_model(model, _taps(name), "logits", "softmax")
+    made = gradient_model(model, _taps(name, model), "logits", "softmax")
     assert model.proto.SerializeToString(deterministic=True) == before
     shared = set(made.weights) & set(model.weights)
     assert shared
