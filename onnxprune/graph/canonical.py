@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, inliner
 
 from onnxprune.errors import InputError
+from onnxprune.graph.lowering import CannotLower, lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
 from onnxprune.graph.surgery import Surgeon
@@ -34,7 +35,7 @@ def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None) 
     """
     model = _named(_inlined(model))
     model = _optimised(model)
-    model = _fold_weights(model)
+    model = _unfused(_fold_weights(model))
     try:
         profile = take_profile(model, samples)
     except InputError:
@@ -42,6 +43,18 @@ def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None) 
         profile = take_profile(model, samples)
     model = _constant_targets(model, profile)
     return model, take_profile(model, samples)
+
+
+_FUSED_RESIDUALS = frozenset({("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")})
+
+
+def _unfused(model: Model) -> Model:
+    """Residual additions taken out of fused normalisations: a branch must end in a sum to be compensated, and on CPU the sum is faster."""
+    try:
+        return lower(model, set(_FUSED_RESIDUALS))
+    except CannotLower as error:
+        log.warning("%s; its branches are pruned without compensation", error)
+        return model
 
 
 def _expanded_caches(model: Model) -> Model:
