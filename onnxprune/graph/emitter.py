@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxprune.errors import InputError
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.view import GraphView
@@ -35,8 +36,7 @@ class Emitter:
         self.opset = self.model.opset()
         self.nodes: list[onnx.NodeProto] = []
         self._profile = profile
-        # One run seen twice says nothing about what varies, unless nothing can.
-        self._two_runs = profile is not None and (profile.shapes[0] != profile.shapes[1] or _is_static(self.proto, self.model.input_names))
+        self._settled = profile is not None and _all_sizes_varied(self.proto, self.model.input_names, profile)
         self._prefix = prefix
         self._count = 0
         self._integers: dict[str, int] = {}
@@ -79,7 +79,7 @@ class Emitter:
     def constant(self, tensor: str) -> np.ndarray | None:
         """Values that are the same in every run: an initializer, a Constant, or a small integer tensor equal in both profile runs."""
         value = self.view.value(tensor)
-        if value is not None or self._profile is None or not self._two_runs:
+        if value is not None or self._profile is None or not self._settled:
             return value
         seen = self._profile.constant_elements(tensor)
         if seen is None or not seen[1].all():
@@ -145,7 +145,7 @@ class Emitter:
     def size_of(self, tensor: str, axis: int) -> str:
         """Size of one axis as int64 [1]; a constant where the profile says so."""
         first, second = self.dims(tensor)
-        settled = self._two_runs or tensor in self._dims
+        settled = self._settled or tensor in self._dims
         if settled and first[axis] == second[axis] and axis % len(first) > 0:
             return self.int64([first[axis]])
         return self.op("Gather", self.shape_of(tensor), self.int64([axis % len(first)]), axis=0)
@@ -203,15 +203,26 @@ class Emitter:
             self.proto.opset_import.append(helper.make_opsetid(domain, 1))
 
 
-def _is_static(proto: onnx.ModelProto, names: Sequence[str]) -> bool:
-    """Whether every input declares all its sizes."""
-    inputs = [value.type.tensor_type for value in proto.graph.input if value.name in names]
-    return all(tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim) for tensor in inputs)
+def _all_sizes_varied(proto: onnx.ModelProto, names: Sequence[str], profile: Profile) -> bool:
+    """Whether every symbolic size of every input differs between the two runs, so that what is equal in both is a constant."""
+    for value in proto.graph.input:
+        tensor = value.type.tensor_type
+        if value.name not in names:
+            continue
+        if not tensor.HasField("shape") or value.name not in profile.shapes[0]:
+            return False
+        sizes = zip(tensor.shape.dim, profile.shapes[0][value.name], profile.shapes[1][value.name], strict=True)
+        if any(not dim.HasField("dim_value") and first == second for dim, first, second in sizes):
+            return False
+    return True
 
 
 def _inferred(proto: onnx.ModelProto) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
     """(shapes with None for unknown sizes, element types) as far as static inference knows them."""
-    inferred = onnx.shape_inference.infer_shapes(proto)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError) as error:
+        raise InputError(f"the graph is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
     shapes: dict[str, tuple[int | None, ...]] = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     for value in (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input):

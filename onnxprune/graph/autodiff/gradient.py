@@ -7,7 +7,7 @@ apart by sample, is each sample's own gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +48,14 @@ class Tap:
     units: int
 
 
-def gradient_model(model: Model, taps: Sequence[Tap], output: str, link: Link, profile: Profile | None = None) -> Model:
+def gradient_model(
+    model: Model,
+    taps: Sequence[Tap],
+    output: str,
+    link: Link,
+    profile: Profile | None = None,
+    samples: Mapping[str, np.ndarray] | None = None,
+) -> Model:
     """A model that computes per-sample mask gradients of a loss at ``output``.
 
     Its inputs are the model's own, ``onnxprune.target`` (float, shape of ``output``) and ``onnxprune.weight`` (float, shape of ``output``
@@ -57,14 +64,15 @@ def gradient_model(model: Model, taps: Sequence[Tap], output: str, link: Link, p
     ``onnxprune.grad.<tap>``, float [batch, units]. Dynamic sizes stay dynamic; weights are shared with ``model``.
 
     Args:
-        profile: a profile of ``model``, if there is one already.
+        profile: a profile of ``model``, if there is one already; of no use where composites are spelled out first.
+        samples: real inputs (axis 0 = samples) to profile with where made-up ones do not run.
 
     Raises:
         InputError: a tensor does not exist or a tap does not fit it; an operator has no rule (:class:`MissingGradient`).
     """
     lowered = lower(model)
     if profile is None or lowered is not model:
-        profile = take_profile(lowered)
+        profile = take_profile(lowered, samples)
     tape = Tape(_alive(lowered, [output, *(tap.tensor for tap in taps)]), profile)
     seed = _seed(tape, output, link)
     adjoints = differentiate(tape, {output: seed}, list(dict.fromkeys(tap.tensor for tap in taps)))
