@@ -7,7 +7,7 @@ becomes a :class:`Refusal`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -98,21 +98,20 @@ def study(model: Model, profile: Profile) -> Anatomy:
     refusals: list[Refusal] = []
     seen: set[frozenset[tuple[int, int, int]]] = set()
     for tensor, axis, node in _seeds(view, profile):
-        for result in tracer.trace(tensor, axis):
-            if isinstance(result, Blocked):
-                refusal = _refuse_blocked(view, node, tensor, result)
-                refusals += [refusal] if refusal else []
-                continue
-            kind = _kind(view, result)
-            if kind is None or result.key() in seen:
-                continue
-            seen.add(result.key())
-            consumers = _consumers(view, profile, result)
-            refusal = _refuse_group(view, kind, result, consumers, node)
-            if refusal is None:
-                found.append((kind, result, consumers))
-            else:
-                refusals.append(refusal)
+        results = tracer.trace(tensor, axis)
+        for blocked in (result for result in results if isinstance(result, Blocked)):
+            refusal = _refuse_blocked(view, node, tensor, blocked)
+            refusals += [refusal] if refusal else []
+        kind, group = _best(view, results)
+        if kind is None or group is None or group.key() in seen:
+            continue
+        seen.add(group.key())
+        consumers = _consumers(view, profile, group)
+        refusal = _refuse_group(view, kind, group, consumers, node)
+        if refusal is None:
+            found.append((kind, group, consumers))
+        else:
+            refusals.append(refusal)
     sites = _named(view, found)
     refusals += _uncovered_attention(view, tracer, sites, refusals)
     return Anatomy(model, view, profile, sites, tuple(dict.fromkeys(refusals)))
@@ -145,6 +144,12 @@ def _contractions(view: GraphView, profile: Profile, node: Node) -> Iterator[tup
         ):
             if not view.is_constant(node.inputs[slot]):
                 yield node.inputs[slot], axis, other, other_axis
+
+
+def _best(view: GraphView, results: Sequence[Group | Blocked]) -> tuple[Kind | None, Group | None]:
+    """The group of a seed that cuts the most constants: key/value heads with their queries rather than one query head of every group."""
+    kinds = [(_kind(view, result), result) for result in results if isinstance(result, Group)]
+    return max(((kind, group) for kind, group in kinds if kind), key=lambda item: len(item[1].leaves), default=(None, None))
 
 
 def _kind(view: GraphView, group: Group) -> Kind | None:

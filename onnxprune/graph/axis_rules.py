@@ -344,7 +344,10 @@ def _gather(node: Node, s: Shapes) -> list[Link]:
 
 @rule("Expand")
 def _expand(node: Node, s: Shapes) -> list[Link]:
-    return _broadcast(s, 0, -1)
+    tied = _broadcast(s, 0, -1)
+    made = set(range(s.rank(-1))) - {link.axis_b for link in tied if isinstance(link, Tie)}
+    # An axis that Expand makes has no origin: it may have any length, so it is tied to itself alone.
+    return [*tied, *(Tie(-1, axis, -1, axis) for axis in sorted(made))]
 
 
 @rule("Tile")

@@ -23,7 +23,9 @@ def anatomy_of(name: str) -> Anatomy:
 def expected_units(architecture: str) -> dict[str, int]:
     """Units of every site; query heads that share a key/value head are one unit."""
     heads = zoo.KV_HEADS if architecture == "llama" else zoo.HEADS[architecture]
-    return {f"layer.{layer}.{kind}": units for layer in range(zoo.LAYERS) for kind, units in (("heads", heads), ("ffn", zoo.FFN[architecture]))}
+    return {
+        f"layer.{layer}.{kind}": units for layer in range(zoo.LAYERS) for kind, units in (("heads", heads), ("ffn", zoo.FFN[architecture]))
+    }
 
 
 def outputs(model: Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
