@@ -178,7 +178,9 @@ def prune(
     started = time.time()
     chosen = settings(**options)
     given = load(model)
-    target_file = _writable(output, model) if output is not None and not dry_run else None
+    target_file = writable(output, model) if output is not None and not dry_run else None
+    if run_dir is not None:
+        _check_run_dir(Path(run_dir))
     data = load_calibration(find_calibration(model, calib), given, seed=chosen.recipe.seed)
     known = understand(given, chosen, {name: array[:2] for name, array in data.inputs.items()})
     decision = decide(known, data, chosen, progress)
@@ -186,25 +188,32 @@ def prune(
     if dry_run or (decision.already_met and not write_unpruned):
         _leave(run_dir, decision, record)
         return PruneResult(decision.plan, None, record)
+    tell = progress or (lambda what, done, total: None)
+    tell("verification", 0, 1)
     result = execute(known.anatomy, decision.plan)
     fidelity, comparison = _prove(decision, result, chosen, record)
+    tell("verification", 1, 1)
     gate = _gate(comparison, chosen, record)
     if gate and not keep_best:
+        record["wall_s"] = round(time.time() - started, 2)
         _leave(run_dir, decision, record)
-        raise GateError(f"{gate}; no model was written (--keep-best writes it all the same, a higher --max-drop or target prunes less)")
+        advice = "--keep-best writes it all the same; a larger --max-drop allows it, a higher target prunes less"
+        raise GateError(f"{gate}; no model was written ({advice})", record)
     written = result.save(target_file, external_data) if target_file is not None else None
     measured = None
     if bench_seconds > 0:
+        tell("benchmark", 0, 1)
         variants = {"file as given": given if given.source is None or given.source.path is None else given.source.path}
         variants["finished original"] = finish(known.anatomy.model, known.rewrites)
         variants["pruned"] = written if written is not None else result
         measured = benchmark(variants, decision.request, options=chosen.runtime, seed=chosen.recipe.seed, max_seconds=bench_seconds)
         record["benchmark"] = measured.as_dict()
-    record["output"] = _describe(result, written)
+        tell("benchmark", 1, 1)
+    record["output"] = _describe(load(written) if written else result, written)
     record["wall_s"] = round(time.time() - started, 2)
     _leave(run_dir, decision, record)
     if gate:
-        raise GateError(f"{gate}; {written or 'the model'} was written because of --keep-best")
+        raise GateError(f"{gate}; {written or 'the model'} was written because of --keep-best", record)
     return PruneResult(decision.plan, result, record, fidelity, comparison, measured, written)
 
 
@@ -222,6 +231,7 @@ def apply(
         InputError: the plan was made for another file.
     """
     given = load(model)
+    target = writable(output, model) if output is not None else None
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
     sha256 = given.source.sha256 if given.source else ""
     if sha256 != decided.input_sha256:
@@ -231,8 +241,7 @@ def apply(
     canonical, profile = canonicalise(given)
     result = execute(study(canonical, profile), decided)
     open_session(result)
-    if output is not None:
-        target = _writable(output, model)
+    if target is not None:
         result.save(target, external_data)
     return result
 
@@ -296,7 +305,7 @@ def verify(
     limit = parse_share(max_drop, "--max-drop")
     name, loss = result.loss
     if limit is not None and loss > limit:
-        raise GateError(f"{name} is {100 * loss:.2f}%, more than the {100 * limit:g}% allowed")
+        raise GateError(f"{name} is {100 * loss:.2f}%, more than the {100 * limit:g}% allowed", result.as_dict())
     return result
 
 
@@ -330,7 +339,7 @@ def bench(
 # --- one run -----------------------------------------------------------------------------------------------------------------------
 
 
-def _writable(output: str | os.PathLike[str], model: ModelSource) -> Path:
+def writable(output: str | os.PathLike[str], model: ModelSource) -> Path:
     """Check the output path before the work starts."""
     target = Path(output)
     if isinstance(model, str | os.PathLike) and target.exists() and target.resolve() == Path(model).resolve():
@@ -344,6 +353,15 @@ def _writable(output: str | os.PathLike[str], model: ModelSource) -> Path:
     return target
 
 
+def _check_run_dir(folder: Path) -> None:
+    """Check the run directory before the work starts; it and its parents are made when there is something to put in."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(f"the run directory {folder} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"the run directory {folder} cannot be written: {existing} is not writable")
+
+
 def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
     run(open_session(result, chosen.runtime), decision.request)
     rows = decision.held_back.take(slice(0, _FIDELITY_ROWS))
@@ -353,7 +371,8 @@ def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str
     if not fidelity.passed:
         raise GateError(
             f"the sliced model differs from the masked one by {fidelity.relative:.2g} of its output (allowed {fidelity.tolerance:g}); "
-            "this is a defect of onnxprune: no model was written, please report it with onnxprune inspect --json"
+            "this is a defect of onnxprune: no model was written, please report it with onnxprune inspect --json",
+            record,
         )
     comparison = compare(decision.study.given, result, decision.held_back, decision.objective, chosen.runtime, chosen.recipe.seed)
     record["verification"]["against_original"] = comparison.as_dict()
@@ -441,16 +460,16 @@ def _leave(run_dir: str | os.PathLike[str] | None, decision: Decision, record: d
         decision.plan.save(folder / "plan.json")
         for name, content in (("run.json", record), ("costs.json", decision.table.as_dict())):
             with atomic_file(folder / name) as temporary:
-                temporary.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
-        from onnxprune.report.html import render
+                temporary.write_text(json.dumps(content, indent=1, default=plain) + "\n")
+        from onnxprune.report.html import write_report
 
-        with atomic_file(folder / "report.html") as temporary:
-            temporary.write_text(render(json.loads(json.dumps(record, default=_plain))))
+        write_report(folder)
     except OSError as error:
         raise InputError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``default`` of :func:`json.dumps` for the values in records."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Refusal):

@@ -6,14 +6,22 @@ site is left as it is, and travels with the plan and the report.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 
 class OnnxPruneError(Exception):
-    """Base of every error a user can act on. ``exit_code`` is what the command line returns."""
+    """Base of every error a user can act on. ``exit_code`` is what the command line returns.
+
+    ``record`` holds what was found before it failed, in the form of run.json, if the work got that far.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, record: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 class InputError(OnnxPruneError):
