@@ -1,0 +1,35 @@
+"""``onnxprune inspect``: what can be pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxprune.cli.options import Command, examples, json_option, model_argument, noise_options, option, shape_option
+
+
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "onnxprune inspect model.onnx",
+        "onnxprune inspect model.onnx --why layer.3       # sites and refusals of one layer, in full",
+        "onnxprune inspect model.onnx --input-shape input_ids:1x384 --json",
+    ),
+)
+@model_argument
+@option("--why", heading="What to prune", metavar="NAME", help="Only sites and refusals whose name, node or code holds NAME, with every detail.")
+@shape_option
+@json_option
+@noise_options
+def inspect(model: Path, why: str | None, input_shapes: Any, as_json: bool, verbose: int, quiet: bool) -> None:
+    """List what can be pruned in MODEL with its parameters and multiply-adds, and what cannot and why."""
+    from onnxprune.api import inspect as run
+    from onnxprune.cli.screen import Screen
+    from onnxprune.report.tables import inspect_tables, why_tables
+
+    screen = Screen(as_json, verbose, quiet)
+    found = run(model, input_shapes=dict(input_shapes))
+    screen.print(*(inspect_tables(found) if why is None else why_tables(found, why)))
+    screen.result(found)

@@ -1,0 +1,145 @@
+"""Options that several commands share, under headings, and help that teaches by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_HEADINGS = ("What to reach", "What to prune", "Data", "How to decide", "Where to run", "What to write", "Output")
+_REST = "Options"
+
+
+class Option(click.Option):
+    """An option under a heading of the help page."""
+
+    def __init__(self, *args: Any, heading: str = _REST, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+class Command(click.Command):
+    """A command whose help lists options under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            row = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if row is not None:
+                groups.setdefault(getattr(param, "heading", _REST), []).append(row)
+        for heading in (*_HEADINGS, _REST):
+            if heading in groups:
+                with formatter.section(heading):
+                    formatter.write_dl(groups[heading])
+
+
+class InputShape(click.ParamType):
+    """``name:1x128`` as (name, (1, 128))."""
+
+    name = "name:1x128"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, colon, sizes = str(value).rpartition(":")
+        parts = sizes.lower().split("x")
+        if not colon or not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a shape; write the input's name and its sizes, such as input_ids:1x128", param, ctx)
+        return name, tuple(int(part) for part in parts)
+
+
+def examples(*lines: str) -> str:
+    """An epilog that click does not re-wrap."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def option(*names: str, heading: str, **kwargs: Any) -> Callable[[Any], Any]:
+    return click.option(*names, cls=Option, heading=heading, **kwargs)
+
+
+def stack(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several decorators as one, in reading order."""
+
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def file_option(*names: str, heading: str, help: str) -> Callable[[Any], Any]:
+    return option(*names, heading=heading, type=click.Path(path_type=Path), metavar="FILE", help=help)
+
+
+model_argument = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
+
+json_option = option("--json", "as_json", heading="Output", is_flag=True, help="Result as JSON on stdout; all else stays on stderr.")
+noise_options = stack(
+    option("-v", "--verbose", heading="Output", count=True, help="Say what is done (-vv: in detail) and show tracebacks."),
+    option("-q", "--quiet", heading="Output", is_flag=True, help="No tables and no progress, only errors."),
+)
+calib_option = option(
+    "--calib",
+    heading="Data",
+    metavar="PATH",
+    help=(
+        ".npz with one array per input (axis 0 = samples, 'labels' optional), a folder of such files, or script.py:function. "
+        "Default: MODEL with the ending .calib.npz."
+    ),
+)
+output_name_option = option("--output", "output_name", heading="Data", metavar="NAME", help="Graph output to preserve, if there are several.")
+seed_option = option("--seed", heading="How to decide", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random draws.")
+runtime_options = stack(
+    option("--provider", heading="Where to run", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, tensorrt; must start, or it is an error."),
+    option("--threads", heading="Where to run", type=click.IntRange(min=0), default=1, show_default=True, help="Threads of onnxruntime; 0 lets it choose."),
+)
+shape_option = option(
+    "--input-shape",
+    "input_shapes",
+    heading="Where to run",
+    type=InputShape(),
+    multiple=True,
+    help="Shape of the timed request, repeatable. Default: one calibration sample.",
+)
+external_data_option = option(
+    "--external-data",
+    heading="What to write",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    callback=lambda context, param, value: {"auto": None, "always": True, "never": False}[value],
+    help="Weights in OUT.data beside the file; auto does so above 1.9 GB.",
+)
+
+settings_options = stack(
+    # A value-less --target-latency means auto: as fast as the allowed loss permits.
+    option(
+        "--target-latency",
+        heading="What to reach",
+        is_flag=False,
+        flag_value="auto",
+        metavar="[5ms|60%|auto]",
+        help="Latency to reach; without a value: as fast as --max-drop allows. The default.",
+    ),
+    option("--target-macs", heading="What to reach", metavar="50%|300M", help="Multiply-adds of one request."),
+    option("--target-params", heading="What to reach", metavar="50%|10M", help="Number of parameters."),
+    option("--target-size", heading="What to reach", metavar="50%|40MB", help="Size of the file."),
+    option("--max-drop", heading="What to reach", metavar="1%", help="Largest loss of accuracy (or agreement) on held-back rows; more fails with exit code 4."),
+    option("--passes", heading="What to prune", default="heads,ffn", show_default=True, metavar="A,B", help="Passes to run; see onnxprune passes."),
+    option("--keep", heading="What to prune", multiple=True, metavar="REGEX", help="Sites to leave whole, repeatable; a pattern must match."),
+    option("--exclude", heading="What to prune", multiple=True, metavar="REGEX", help="The same, for sites that you do not want looked at."),
+    calib_option,
+    option("--samples", heading="Data", type=click.IntRange(min=1), default=1024, show_default=True, help="Most calibration rows to decide on; a fifth of all rows is held back."),
+    output_name_option,
+    option("--loss", heading="How to decide", type=click.Choice(["sampled", "labels"]), default="sampled", show_default=True, help="Gradients of labels drawn from the model, or of 'labels' in the data."),
+    option("--importance", heading="How to decide", default="fisher", show_default=True, metavar="NAME", help="How units are scored."),
+    option("--compensation", heading="How to decide", type=click.Choice(["refit", "scale", "none"]), default="refit", show_default=True, help="How the layers that stay make up for what goes."),
+    option("--rounds", heading="How to decide", type=click.IntRange(min=1), default=4, show_default=True, help="Score, cut, re-fit so many times on the way."),
+    seed_option,
+    runtime_options,
+    shape_option,
+)

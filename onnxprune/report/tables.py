@@ -1,0 +1,255 @@
+"""Terminal tables, from the same records that go into run.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from onnxprune.report import story
+from onnxprune.report.numbers import count, figures, milliseconds, percent, seconds, size, times
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from onnxprune.passes.base import Pass
+    from onnxprune.search.plan import Plan
+
+Record = Mapping[str, Any]
+_TONES = {"good": "bold green", "warn": "bold yellow", "bad": "bold red", "plain": "bold cyan"}
+_BAR = 24
+_ROWS = 40
+"""Sites beyond this many are summed up."""
+
+
+def run_tables(record: Record, run_dir: Path | None) -> list[RenderableType]:
+    """Everything a run has to say: verdict, before and after, sites, refusals, gates, files."""
+    parts: list[RenderableType] = [_verdict(record), _facts(record)]
+    if measured := record.get("benchmark"):
+        parts += [benchmark_table(measured), benchmark_note(measured)]
+    if compared := record.get("verification", {}).get("against_original"):
+        parts.append(quality_table(compared))
+    if not record["target"]["already_met"]:
+        parts.append(sites_table(record["sites"]))
+    if record["refusals"]:
+        parts.append(refusals_table(record["refusals"]))
+    if record["gates"]:
+        parts.append(_gates(record["gates"]))
+    if files := _files(record, run_dir):
+        parts.append(files)
+    return parts
+
+
+def _verdict(record: Record) -> Text:
+    verdict = story.verdict(record)
+    text = Text.assemble((verdict.title, _TONES[verdict.tone]), ("  " + verdict.detail, ""))
+    if line := story.headline(record):
+        text.append("\n" + line)
+    return text
+
+
+def _facts(record: Record) -> Table:
+    """What was decided on what."""
+    data, recipe = record["calibration"], record["recipe"]
+    beside = Path(str(record["input"]["path"])).with_suffix(".calib.npz")
+    found = " (found beside the model)" if "--calib" not in " ".join(record["command"]) and data["origin"] == str(beside) else ""
+    rows = [
+        ("model", f"{record['input']['path']}, opset {record['input']['opset']}, {count(record['input']['parameters'])} parameters"),
+        ("data", f"{data['origin']}{found}: {data['rows']:,} rows decided, {data['held_back']:,} held back"),
+        ("preserved", f"{record['objective']['output']} ({record['objective']['why']})"),
+        ("recipe", f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} rounds; seed {record['seed']}"),
+    ]
+    return _pairs([*rows, ("took", seconds(record["wall_s"]))])
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """A plain table; the first ``left`` columns hold words, the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    return table
+
+
+def benchmark_table(benchmark: Record) -> Table:
+    """Variants side by side; the first is what the speed-ups refer to."""
+    variants = benchmark["variants"]
+    finished = variants.get(story.FINISHED)
+    columns = ["", "latency", "speed-up", "95% interval", *(["vs finished"] if finished else []), "file", "parameters", "MACs", "memory"]
+    table = _table("Before and after" if finished else "Benchmark", *columns)
+    for name, result in variants.items():
+        gain = result["speedup"]
+        style = "bold green" if gain["low"] > 1 else "bold red" if gain["high"] < 1 else ""
+        versus = [times(gain["median"] / finished["speedup"]["median"])] if finished else []
+        table.add_row(
+            Text(name),
+            milliseconds(result["latency_ms"]),
+            Text(times(gain["median"]), style),
+            f"{gain['low']:.2f} to {gain['high']:.2f}",
+            *versus,
+            size(result["bytes"]),
+            count(result["parameters"]),
+            count(result["macs"]),
+            size(result["peak_memory_bytes"]),
+        )
+    return table
+
+
+def benchmark_note(benchmark: Record) -> Text:
+    floor = benchmark["noise_floor"]
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in benchmark["input_shapes"].items())
+    threads = benchmark["threads"] or "onnxruntime's own choice of"
+    provider = next(iter(benchmark["variants"].values()))["provider"].removesuffix("ExecutionProvider")
+    return Text(
+        f"{benchmark['rounds']} paired rounds on {provider}, {threads} thread{'s' * (threads != 1)}, {shapes}; "
+        f"the same file twice differs by {figures(100 * abs(floor['median'] - 1), 2)}% "
+        f"[{floor['low']:.3f}, {floor['high']:.3f}]",
+        "dim",
+    )
+
+
+def quality_table(comparison: Record) -> Table:
+    """A model against the original on the same samples."""
+    table = _table(f"Quality on {comparison['samples']:,} samples (output {comparison['output']})", "", "value", "95% interval")
+    names = (
+        ("accuracy_before", "accuracy of the original", percent),
+        ("accuracy_after", "accuracy of the model", percent),
+        ("drop", "accuracy lost, paired", lambda value: percent(value, 2)),
+        ("agreement", "same prediction", percent),
+        ("kl", "KL divergence (nats)", figures),
+        ("cosine", "cosine to the original", lambda value: f"{value:.4f}"),
+        ("relative_error", "relative error", percent),
+    )
+    for key, label, form in names:
+        if (interval := comparison.get(key)) is not None:
+            table.add_row(label, form(interval["value"]), f"{form(interval['low'])} to {form(interval['high'])}")
+    return table
+
+
+def sites_table(sites: Sequence[Record]) -> Table:
+    """Units kept per site, with bars."""
+    table = _table("Kept", "site", "", "kept", "of", "", left=2)
+    for site in sites[:_ROWS]:
+        share = site["kept"] / site["units"]
+        table.add_row(Text(site["site"]), _bar(share), f"{site['kept']:,}", f"{site['units']:,}", percent(share, 0))
+    if len(sites) > _ROWS:
+        rest = sites[_ROWS:]
+        kept, units = sum(site["kept"] for site in rest), sum(site["units"] for site in rest)
+        table.add_row(f"{len(rest)} more sites", _bar(kept / units), f"{kept:,}", f"{units:,}", percent(kept / units, 0))
+    return table
+
+
+def _bar(share: float, style: str = "cyan") -> Text:
+    filled = round(_BAR * share)
+    return Text.assemble(("━" * filled, style), ("━" * (_BAR - filled), "bright_black"))
+
+
+def refusals_table(refusals: Sequence[Record]) -> Table:
+    table = _table("Left alone", "code", "where", "why", "what to do", left=4)
+    for refusal in refusals:
+        table.add_row(refusal["code"], Text(refusal["site"]), Text(refusal["reason"]), Text(refusal["hint"]))
+    return table
+
+
+def _gates(gates: Sequence[Record]) -> Table:
+    table = _table("Gates", "gate", "", "value", "limit", left=2)
+    for gate in gates:
+        passed = Text("passed", "green") if gate["passed"] else Text("failed", "bold red")
+        table.add_row(gate["name"], passed, percent(gate["value"], 2), percent(gate["limit"], 2))
+    return table
+
+
+def _files(record: Record, run_dir: Path | None) -> Table | None:
+    rows = []
+    if (record.get("output") or {}).get("path"):
+        rows.append(("model", f"{record['output']['path']} ({size(record['output']['bytes'])})"))
+    if run_dir is not None:
+        rows.append(("report", str(run_dir / "report.html")))
+        rows.append(("plan", str(run_dir / "plan.json")))
+    return _pairs(rows) if rows else None
+
+
+def written(what: str, path: Path) -> Table:
+    """Where a file went."""
+    return _pairs([(what, str(path))])
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan keeps."""
+    return sites_table([{"site": site, "units": units, "kept": len(plan.kept[site])} for site, units in plan.units.items()])
+
+
+def inspect_tables(found: Record) -> list[RenderableType]:
+    """Sites with their share of the model, then refusals."""
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found["inputs"].items())
+    model = found["model"]
+    head = _pairs(
+        [
+            ("model", f"{model['path']}, opset {model['opset']}, {model['nodes']:,} nodes, {size(model['bytes'])}"),
+            ("parameters", count(model["parameters"])),
+            ("MACs", f"{count(found['macs'])} for {shapes}"),
+        ]
+    )
+    table = _table("Can be pruned", "site", "units", "parameters", "MACs", "of all MACs", "")
+    for site in found["sites"]:
+        unit = "heads" if site["kind"] == "heads" else "neurons"
+        figures_ = (f"{site['units']:,} {unit}", count(site["parameters"]), count(site["macs"]), percent(site["macs_share"]))
+        table.add_row(Text(site["site"]), *figures_, _bar(min(site["macs_share"], 1.0)))
+    total = sum(site["macs_share"] for site in found["sites"])
+    table.add_section()
+    table.add_row("all", "", count(sum(s["parameters"] for s in found["sites"])), count(sum(s["macs"] for s in found["sites"])), percent(total))
+    parts: list[RenderableType] = [head, table if found["sites"] else Text("Nothing in this graph can be pruned.", "bold yellow")]
+    if found["refusals"]:
+        parts.append(refusals_table(found["refusals"]))
+    return parts
+
+
+def why_tables(found: Record, name: str) -> list[RenderableType]:
+    """Every detail of the sites and refusals that ``name`` is part of."""
+    wanted = name.lower()
+    parts: list[RenderableType] = [
+        _pairs([(key.replace("_", " "), percent(value) if key == "macs_share" else str(value)) for key, value in site.items()])
+        for site in found["sites"]
+        if wanted in f"{site['site']} {site['reads']}".lower()
+    ]
+    parts += [
+        Group(Text(f"{refusal['code']} {refusal['site']}", "bold yellow"), _pairs([("why", refusal["reason"]), ("what to do", refusal["hint"])]))
+        for refusal in found["refusals"]
+        if wanted in f"{refusal['code']} {refusal['site']}".lower()
+    ]
+    if parts:
+        return parts
+    names = ", ".join(site["site"] for site in found["sites"][:4]) or "none"
+    return [Text(f"no site and no refusal holds {name!r}; sites are named like {names}", "yellow")]
+
+
+def pass_table(passes: Sequence[Pass]) -> Table:
+    table = _table("Passes", "name", "what it does", "needs", left=3)
+    for item in passes:
+        table.add_row(item.name, item.summary, ", ".join(item.needs) or "nothing")
+    return table
+
+
+def pass_details(item: Pass) -> Group:
+    return Group(Text(item.name, "bold"), Text(item.summary), Text(), Text(item.detail), Text(), Text(f"needs: {', '.join(item.needs) or 'nothing'}", "dim"))
+
+
+def doctor_table(facts: Record, providers: Mapping[str, str]) -> Group:
+    rows = [(name, f"{version}") for name, version in facts["distributions"].items()]
+    machine = [("system", facts["os"]), ("processor", f"{facts['cpu']}, {facts['cores']} cores"), ("memory", size(facts["memory_bytes"]))]
+    lines = [Text.assemble((" ok   " if state == "ok" else " fail ", "green" if state == "ok" else "yellow"), name, ("" if state == "ok" else f"  {state}", "dim")) for name, state in providers.items()]
+    title = [Text("\nExecution providers", "bold")] if providers else []
+    return Group(_pairs([("python", facts["python"]), *machine, *rows]), *title, *lines)
