@@ -1,7 +1,7 @@
 """Train the embedded vision sample: a small vision transformer on Fashion-MNIST, exported to ONNX with calibration and test rows.
 
 Needs the ``export`` extra (torch, transformers) and the four ``*.gz`` files of Fashion-MNIST, for example from Debian's package
-``dataset-fashion-mnist``. One core trains it in about half an hour::
+``dataset-fashion-mnist``. One core trains it in about 40 minutes::
 
     python samples/vision/train.py --data /usr/share/datasets/fashion-mnist --out samples/vision
 """
@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ SIDE = 28
 CLASSES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 CALIBRATION_ROWS = 1024
 TEST_ROWS = 2000
+BATCH = 64
+KEPT_PATCHES = 20
 
 
 class Stem(nn.Conv2d):
@@ -129,29 +132,42 @@ def accuracy(model: ViTForImageClassification, images: np.ndarray, labels: np.nd
     return float(np.sum(hits)) / len(labels)
 
 
-def train(model: ViTForImageClassification, images: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> None:
-    """AdamW with warm-up and cosine decay; the last ``--full-epochs`` see every patch."""
-    generator = torch.Generator().manual_seed(args.seed)
-    dropout = TokenDropout(generator)
-    model.vit.embeddings.register_forward_hook(dropout)
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with its own optimizer, warm-up and cosine decay. The last ``full_epochs`` see every patch."""
+
+    epochs: int
+    full_epochs: int
+    rate: float
+    augmented: bool
+
+
+STAGES = (Stage(8, 2, 1e-3, True), Stage(1, 1, 3e-4, False))
+
+
+def train(model: ViTForImageClassification, images: np.ndarray, labels: np.ndarray, stage: Stage, dropout: TokenDropout) -> None:
+    """AdamW over one stage."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=args.rate, betas=(0.9, 0.98), fused=True
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=stage.rate, betas=(0.9, 0.98), fused=True
     )
-    per_epoch = len(images) // args.batch
-    total = args.steps or per_epoch * args.epochs
+    per_epoch = len(images) // BATCH
+    total = per_epoch * stage.epochs
     warm_up = max(1, min(400, total // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / max(1, total - warm_up))))
     )
+    model.train()
     started, order = time.monotonic(), torch.arange(0)
     for step in range(total):
         if step % per_epoch == 0:
-            order = torch.randperm(len(images), generator=generator)
-        dropout.keep = args.keep if step < total - args.full_epochs * per_epoch else None
-        rows = order[step % per_epoch * args.batch :][: args.batch].numpy()
-        pixels = augment(torch.from_numpy(scale(images[rows])), generator)
+            order = torch.randperm(len(images), generator=dropout.generator)
+        dropout.keep = KEPT_PATCHES if step < total - stage.full_epochs * per_epoch else None
+        rows = order[step % per_epoch * BATCH :][:BATCH].numpy()
+        pixels = torch.from_numpy(scale(images[rows]))
+        if stage.augmented:
+            pixels = augment(pixels, dropout.generator)
         loss = nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.from_numpy(labels[rows]))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -191,12 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder with the four .gz files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--full-epochs", type=int, default=2, help="last epochs, which see all 49 patches")
-    parser.add_argument("--keep", type=int, default=20, help="patches kept in the epochs before")
-    parser.add_argument("--steps", type=int, help="stop after so many steps (to try the script out)")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rows", type=int, help="train on so many images only (to try the script out)")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
 
@@ -205,10 +216,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     images, labels = read(args.data, "train")
     order = np.random.default_rng(args.seed).permutation(len(images))
-    held_out, kept = order[:CALIBRATION_ROWS], order[CALIBRATION_ROWS:]
+    held_out, kept = order[:CALIBRATION_ROWS], order[CALIBRATION_ROWS:][: args.rows]
     test_images, test_labels = read(args.data, "t10k")
     model = build()
-    train(model, images[kept], labels[kept], args)
+    dropout = TokenDropout(torch.Generator().manual_seed(args.seed))
+    model.vit.embeddings.register_forward_hook(dropout)
+    for stage in STAGES:
+        train(model, images[kept], labels[kept], stage, dropout)
 
     export(model, args.out / "model.onnx")
     np.savez_compressed(args.out / "calib.npz", pixel_values=scale(images[held_out]), labels=labels[held_out])

@@ -32,7 +32,7 @@ def test_no_calibration_row_is_a_test_row(vision: Task) -> None:
 
 def test_the_model_is_trained(vision: Task) -> None:
     first = {name: array[:500] for name, array in vision.test.items()}
-    assert hits(vision.model_path, first).mean() > 0.8
+    assert hits(vision.model_path, first).mean() > 0.83
 
 
 def test_the_model_names_no_local_file() -> None:
