@@ -23,6 +23,7 @@ from onnxprune.graph.view import GraphView, Node
 
 Kind = Literal["heads", "ffn"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+_WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
 _PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
 FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 
@@ -97,7 +98,11 @@ def study(model: Model, profile: Profile) -> Anatomy:
     found: list[tuple[Kind, Group, tuple[Consumer, ...]]] = []
     refusals: list[Refusal] = []
     seen: set[frozenset[tuple[int, int, int]]] = set()
+    refused: set[int] = set()
     for tensor, axis, node in _seeds(view, profile):
+        if (profile.shape(tensor) or ())[axis : axis + 1] == (1,) and _looks_like_ffn(view, tensor):
+            refusals.append(_single("ffn", node))
+            continue
         results = tracer.trace(tensor, axis)
         for blocked in (result for result in results if isinstance(result, Blocked)):
             refusal = _refuse_blocked(view, node, tensor, blocked)
@@ -112,8 +117,9 @@ def study(model: Model, profile: Profile) -> Anatomy:
             found.append((kind, group, consumers))
         else:
             refusals.append(refusal)
+            refused.update(node.index for node in group.nodes)
     sites = _named(view, found)
-    refusals += _uncovered_attention(view, tracer, sites, refusals)
+    refusals += _uncovered_attention(view, tracer, sites, refused)
     return Anatomy(model, view, profile, sites, tuple(dict.fromkeys(refusals)))
 
 
@@ -121,7 +127,7 @@ def _seeds(view: GraphView, profile: Profile) -> Iterator[tuple[str, int, Node]]
     """Activation axes that a constant matrix contracts, each once, in graph order."""
     done: set[tuple[str, int]] = set()
     for node in view.nodes:
-        if node.op not in ("MatMul", "Gemm", "Einsum") or node.domain:
+        if node.op not in _WEIGHTED or node.domain:
             continue
         for tensor, axis, slot, _ in _contractions(view, profile, node):
             if view.is_constant(node.inputs[slot]) and (tensor, axis) not in done:
@@ -205,9 +211,7 @@ def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]
 def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node) -> Refusal | None:
     where = node.name
     if group.units < 2:
-        return Refusal(
-            "OP103" if kind == "heads" else "OP203", where, f"only one {_unit(kind)} is left", "nothing to choose from; leave it"
-        )
+        return _single(kind, node)
     for leaf in group.leaves:
         array = view.value(leaf.tensor)
         if leaf.role == "rides" and (array is None or array.dtype.kind != "f") and array is not None:
@@ -238,45 +242,52 @@ _HINT = "exclude it, or re-export the model without that operator between the tw
 
 
 def _looks_like_ffn(view: GraphView, tensor: str) -> bool:
-    """Walking back over elementwise operators from ``tensor`` meets a nonlinearity and then only weight products."""
+    """Walking back from ``tensor`` to the nearest weight products meets a nonlinearity, and no attention or normalisation."""
     pending, nonlinear, products, visited = [tensor], False, 0, set()
     while pending:
         node = view.producer.get(pending.pop())
         if node is None or node.index in visited:
             continue
         visited.add(node.index)
-        if node.op in ("MatMul", "Gemm") and any(view.is_constant(name) for name in node.inputs[:2]):
+        if node.op in _WEIGHTED and any(view.is_constant(name) for name in node.inputs[:2]):
             products += 1
-        elif node.op in NONLINEAR or node.op in ("Add", "Sub", "Mul", "Div", "Neg", "Sum") or node.op in _PASSING:
+        elif (
+            node.op in _ATTENTION_OPS
+            or _is_activation_product(view, node)
+            or any(word in node.op for word in ("Softmax", "Norm", "Reduce"))
+        ):
+            return False
+        else:
             nonlinear |= node.op in NONLINEAR
             pending.extend(name for name in node.inputs if name and not view.is_constant(name))
-        else:
-            return False
     return nonlinear and products > 0
 
 
-def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...], refusals: list[Refusal]) -> list[Refusal]:
-    covered = {node.index for site in sites if site.kind == "heads" for node in site.group.nodes}
+def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...], refused: set[int]) -> list[Refusal]:
+    """Attention blocks that are part of no site, and of no group that was refused with its own reason."""
+    covered = refused | {node.index for site in sites if site.kind == "heads" for node in site.group.nodes}
     result = []
     for node in view.nodes:
         context = _attention_context(view, node)
-        if (
-            context is None
-            or node.index in covered
-            or any(refusal.code.startswith("OP10") for refusal in refusals if refusal.site == node.name)
-        ):
+        if context is None or node.index in covered:
             continue
         maker = view.producer[context]
-        rank = len(tracer.profile.shape(context) or ())
-        blocked = next((r for axis in range(1, rank) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
-        reason = (
-            f"{blocked.reason} (at {blocked.node or 'the graph boundary'})"
-            if blocked
-            else "no projection with a constant weight reads its heads"
-        )
+        shape = tracer.profile.shape(context) or ()
+        if len(shape) == 4 and shape[1] == 1:
+            result.append(_single("heads", maker))
+            continue
+        blocked = next((r for axis in range(1, len(shape)) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
+        where = blocked and (blocked.node or "the graph boundary")
+        reason = f"{blocked.reason} (at {where})" if blocked else "no projection with a constant weight reads its heads"
         hint = "re-export with the plain attention of the framework, or without KV cache and attention-map outputs"
         result.append(Refusal("OP101", maker.name, reason, hint))
     return result
+
+
+def _single(kind: Kind, node: Node) -> Refusal:
+    return Refusal(
+        "OP103" if kind == "heads" else "OP203", node.name, f"only one {_unit(kind)} is left", "nothing to choose from; leave it"
+    )
 
 
 def _attention_context(view: GraphView, node: Node) -> str | None:

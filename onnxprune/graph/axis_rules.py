@@ -410,7 +410,8 @@ def _softmax(node: Node, s: Shapes) -> list[Link]:
     flattens = s.view.model.opset() < 13
     axis = node.attrs.get("axis", 1 if flattens else -1) % rank
     spanned = set(range(axis, rank)) if flattens else {axis}
-    return [Barrier(0, a, f"{node.op} runs over this axis") if a in spanned else Tie(0, a, -1, a) for a in range(rank)]
+    barriers = [Barrier(operand, a, f"{node.op} runs over this axis") for a in sorted(spanned) for operand in (0, -1)]
+    return [*barriers, *(Tie(0, a, -1, a) for a in range(rank) if a not in spanned)]
 
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "MeanVarianceNormalization")

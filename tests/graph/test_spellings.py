@@ -275,8 +275,9 @@ def per_head_bias(how: str) -> onnx.ModelProto:
 @form(BOTH, "SkipLayerNormalization", "swapped")
 def fused_residual(how: str) -> onnx.ModelProto:
     net = Net()
+    x = "x"
     for branch in (net.attention, net.ffn):
-        y, x = branch("x" if branch == net.attention else x), "x" if branch == net.attention else x
+        y = branch(x)
         operands = (y, x) if how == "swapped" else (x, y)
         x = net.ms("SkipLayerNormalization", *operands, net.weight(WIDTH), net.weight(WIDTH), epsilon=1e-5)
     return net.done(x)
