@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 20_000
-"""Resolution of the budget. Costs are rounded up to bins, so a choice never exceeds the budget."""
+"""Resolution of the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,8 @@ class Options:
 def solve(sites: Sequence[Options], budget: float, bins: int = BINS) -> list[int] | None:
     """Index of the option chosen for each site, or None if even the cheapest options exceed the budget.
 
-    Dynamic programming over budget bins, O(sites x options x bins) in vectorised steps; exact up to the rounding of costs to bins.
+    Dynamic programming over budget bins, O(sites x options x bins) in vectorised steps. Costs are rounded down first: if that choice fits
+    the budget it is the exact optimum. Otherwise they are rounded up, which always fits and is exact up to the rounding.
     """
     if not sites:
         return []
@@ -33,8 +34,18 @@ def solve(sites: Sequence[Options], budget: float, bins: int = BINS) -> list[int
     ceiling = sum(float(site.cost.max() - site.cost.min()) for site in sites)
     if slack >= ceiling:
         return [int(np.argmin(np.where(site.error <= site.error.min(), site.cost, np.inf))) for site in sites]
-    width = max(slack, 1e-300) / bins
-    steps = [np.ceil((site.cost - site.cost.min()) / width - 1e-9).astype(np.int64) for site in sites]
+    excess = [
+        (site.cost - site.cost.min()) / slack * bins if slack > 0 else np.where(site.cost > site.cost.min(), np.inf, 0) for site in sites
+    ]
+    tolerance = 1e-9 * max(abs(budget), 1e-300)
+    picked = _choose(sites, [np.floor(np.minimum(cost, bins + 1) + 1e-9).astype(np.int64) for cost in excess], bins)
+    if sum(float(site.cost[option]) for site, option in zip(sites, picked, strict=True)) <= budget + tolerance:
+        return picked
+    return _choose(sites, [np.ceil(np.minimum(cost, bins + 1) - 1e-9).astype(np.int64) for cost in excess], bins)
+
+
+def _choose(sites: Sequence[Options], steps: Sequence[np.ndarray], bins: int) -> list[int]:
+    """The options of least error whose ``steps`` add up to at most ``bins``; every site has an option of no steps."""
     best = np.zeros(bins + 1)
     choices = []
     for site, step in zip(sites, steps, strict=True):
@@ -51,8 +62,6 @@ def solve(sites: Sequence[Options], budget: float, bins: int = BINS) -> list[int
             picked[need:][better] = option
         best = table
         choices.append(picked)
-    if not np.isfinite(best[bins]):
-        return None
     room = int(np.argmin(best))
     result = []
     for picked, step in zip(reversed(choices), reversed(steps), strict=True):

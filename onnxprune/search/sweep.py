@@ -18,7 +18,7 @@ def sweep(
 
     Args:
         saliency: site -> float64 [units], what removing the unit costs.
-        kind: site -> kind; all units of a kind cost ``price[kind]``.
+        kind: site -> kind, at most two kinds; all units of a kind cost ``price[kind]``.
         budget: the most the kept units may cost together.
 
     Returns:
@@ -26,17 +26,17 @@ def sweep(
     """
     if budget < 0:
         return None
-    kinds = sorted(set(kind.values()))
+    kinds = sorted({kind[site] for site in saliency})
     pools = {name: _ranked([(site, values) for site, values in saliency.items() if kind[site] == name]) for name in kinds}
     sums = {name: np.concatenate([[0.0], np.cumsum(pool[0])]) for name, pool in pools.items()}
-    if len(kinds) == 1:
-        counts = {kinds[0]: min(int(budget // price[kinds[0]]), len(pools[kinds[0]][0]))}
+    if len(kinds) < 2:
+        counts = {name: int(_affordable(np.array([budget]), price[name], len(pools[name][0]))[0]) for name in kinds}
     else:
         few, many = sorted(kinds, key=lambda name: len(pools[name][0]))
         first = np.arange(len(pools[few][0]) + 1)
         left = budget - first * price[few]
         feasible = left >= 0
-        second = np.clip(np.floor(left / price[many] + 1e-9), 0, len(pools[many][0])).astype(np.int64)
+        second = _affordable(left, price[many], len(pools[many][0]))
         kept = np.where(feasible, sums[few][first] + sums[many][second], -np.inf)
         best = int(np.argmax(kept))
         counts = {few: best, many: int(second[best])}
@@ -45,6 +45,13 @@ def sweep(
         for site, unit in pools[name][1][:count]:
             chosen[site].append(unit)
     return {site: np.array(sorted(units), np.int64) for site, units in chosen.items()}
+
+
+def _affordable(money: np.ndarray, price: float, units: int) -> np.ndarray:
+    """How many of ``units`` the money buys; a billionth of a unit is forgiven to rounding."""
+    if price <= 0:
+        return np.where(money >= 0, units, 0)
+    return np.clip(np.floor(money / price + 1e-9), 0, units).astype(np.int64)
 
 
 def _ranked(sites: Sequence[tuple[str, np.ndarray]]) -> tuple[np.ndarray, list[tuple[str, int]]]:

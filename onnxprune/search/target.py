@@ -65,6 +65,8 @@ def parse_target(quantity: Quantity, text: str) -> Target:
         return Target(quantity, number / 100, relative=True)
     if unit not in _SCALES[quantity]:
         raise InputError(f"{text!r} has {'the unknown unit ' + repr(unit) if unit else 'no unit'}: {wanted}")
+    if number == float("inf"):
+        raise InputError(f"{text!r} is too large: {wanted}")
     if number <= 0:
         raise InputError(f"{text!r} is not positive: {wanted}")
     return Target(quantity, number * _SCALES[quantity][unit])
