@@ -73,8 +73,9 @@ def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds
 
 
 def site_macs(site: Site, macs: Mapping[str, int]) -> float:
-    """Multiply-adds that scale with the number of units kept."""
-    return float(sum(macs.get(node.name, 0) for node in site.group.nodes))
+    """Multiply-adds that scale with the number of units kept; of a product that makes other things as well, the share of this site."""
+    share = {leaf.node.index: float((leaf.labels >= 0).mean()) for leaf in site.group.leaves if leaf.role != "rides"}
+    return sum(share.get(node.index, 1.0) * macs.get(node.name, 0) for node in site.group.nodes)
 
 
 @dataclass(frozen=True, eq=False)
