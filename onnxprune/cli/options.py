@@ -71,8 +71,8 @@ def stack(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def file_option(*names: str, heading: str, help: str) -> Callable[[Any], Any]:
-    return option(*names, heading=heading, type=click.Path(path_type=Path), metavar="FILE", help=help)
+def file_option(*names: str, heading: str, help: str, metavar: str = "FILE") -> Callable[[Any], Any]:
+    return option(*names, heading=heading, type=click.Path(path_type=Path), metavar=metavar, help=help)
 
 
 model_argument = click.argument("model", type=click.Path(path_type=Path), metavar="MODEL")
@@ -131,7 +131,7 @@ settings_options = stack(
     option("--max-drop", heading="What to reach", metavar="1%", help="Largest loss of accuracy (or agreement) on held-back rows; more fails with exit code 4."),
     option("--passes", heading="What to prune", default="heads,ffn", show_default=True, metavar="A,B", help="Passes to run; see onnxprune passes."),
     option("--keep", heading="What to prune", multiple=True, metavar="REGEX", help="Sites to leave whole, repeatable; a pattern must match."),
-    option("--exclude", heading="What to prune", multiple=True, metavar="REGEX", help="The same, for sites that you do not want looked at."),
+    option("--exclude", heading="What to prune", multiple=True, metavar="REGEX", help="The same as --keep, as the word other tools use."),
     calib_option,
     option("--samples", heading="Data", type=click.IntRange(min=1), default=1024, show_default=True, help="Most calibration rows to decide on; a fifth of all rows is held back."),
     output_name_option,

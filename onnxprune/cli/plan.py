@@ -21,7 +21,7 @@ from onnxprune.cli.options import Command, examples, file_option, json_option, m
 @model_argument
 @settings_options
 @file_option("-o", "--out", heading="What to write", help="Plan. Default: MODEL with the ending .plan.json.")
-@file_option("--run-dir", heading="What to write", help="Also leave a run directory here.")
+@file_option("--run-dir", heading="What to write", metavar="DIR", help="Also leave a run directory here.")
 @json_option
 @noise_options
 def plan(model: Path, out: Path | None, run_dir: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:

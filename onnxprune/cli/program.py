@@ -31,17 +31,21 @@ class Program(click.Group):
             raise click.UsageError(f"no command and no file is called {args[0]!r}; did you mean 'onnxprune {near[0]}'?")
         return ["prune", *args]
 
+    def _page(self, words: Sequence[str]) -> str:
+        """The command whose help explains ``words``."""
+        return " ".join(["onnxprune", *[word for word in words[:1] if word in self.commands]])
+
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         extra["standalone_mode"] = False
         try:
             result = super().main(words, prog_name or "onnxprune", **extra)
         except Exception as error:
-            sys.exit(_fail(error, words))
+            sys.exit(_fail(error, words, self._page(words)))
         sys.exit(result if isinstance(result, int) else 0)
 
 
-def _fail(error: Exception, words: Sequence[str]) -> int:
+def _fail(error: Exception, words: Sequence[str], page: str) -> int:
     """Say what went wrong: a line on stderr, and an object on stdout under ``--json``."""
     from onnxprune.errors import OnnxPruneError
 
@@ -51,8 +55,7 @@ def _fail(error: Exception, words: Sequence[str]) -> int:
         kind, code, message = "Interrupted", INTERRUPTED, "interrupted; nothing was written half"
     elif isinstance(error, click.ClickException):
         code, message = error.exit_code, _sentence(error.format_message())
-        context = getattr(error, "ctx", None)
-        hint = f"see {context.command_path if context else 'onnxprune'} --help"
+        hint = f"see {page} --help"
     elif isinstance(error, OnnxPruneError):
         code, message, details = error.exit_code, str(error), error.record
     elif isinstance(error, OSError):

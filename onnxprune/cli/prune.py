@@ -33,7 +33,7 @@ from onnxprune.cli.options import (
 @model_argument
 @settings_options
 @file_option("-o", "--out", heading="What to write", help="Pruned model. Default: MODEL with the ending .pruned.onnx.")
-@file_option("--run-dir", heading="What to write", help="Folder for run.json, plan.json, costs.json and report.html. Default: OUT with the ending .run.")
+@file_option("--run-dir", heading="What to write", metavar="DIR", help="Folder for run.json, plan.json, costs.json and report.html. Default: OUT with the ending .run.")
 @external_data_option
 @option("--dry-run", heading="What to write", is_flag=True, help="Decide, write the run directory, but no model.")
 @option("--keep-best", heading="What to write", is_flag=True, help="Write the model even if --max-drop fails (the exit code stays 4).")

@@ -45,7 +45,7 @@ def verify(original: Path, model: Path, as_json: bool, verbose: int, quiet: bool
     from onnxprune.report.tables import quality_table
 
     screen = Screen(as_json, verbose, quiet)
-    with screen.showing_record(lambda record, _: [quality_table(record)]):
+    with screen.showing_record(lambda record: [quality_table(record)]):
         result = run(original, model, **options)
     screen.print(quality_table(result.as_dict()))
     screen.result({"schema": "onnxprune.verify/1", **result.as_dict()})

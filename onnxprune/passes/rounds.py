@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
-CLASS_ROW_WEIGHT = float(__import__('os').environ.get('CRW','1'))
-"""How much more than another token the first one weighs in a re-fit of a model that classifies from it."""
+CLASS_ROW_SHARE = 0.3
+"""In a re-fit of a model that reads its first token only, that row weighs this share of all rows of its sample together.
+
+More helps where class rows are many for the width (a small ViT: KL -40 % against equal weights, at 1.0 -45 %), and hurts where they are few
+(a text model: +8 %, at 1.0 +29 %)."""
 
 
 @dataclass(frozen=True)
@@ -165,22 +168,24 @@ def cut(bench: Workbench, kept: Kept) -> Student:
             bench.batches,
             bench.options,
             method="scale" if bench.recipe.compensation == "scale" else "refit",
-            row_weight=_class_row(bench) if bench.objective.first_token and CLASS_ROW_WEIGHT != 1 else None,
+            row_weight=_class_row(bench) if bench.objective.first_token else None,
             progress=bench.report("re-fit"),
         )
     return Student({name: np.asarray(units) for name, units in kept.items()}, model, changes, fits)
 
 
 def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
+    shape = bench.anatomy.profile.shape(bench.sites[-1].consumers[0].tensor)
+
     def weigh(batch: Batch) -> np.ndarray | None:
-        rows = batch.token_mask.shape[1] if batch.token_mask is not None else None
-        if rows is None:
-            shape = bench.anatomy.profile.shape(bench.sites[-1].consumers[0].tensor)
-            rows = shape[1] if shape and len(shape) == 3 else None
-        if rows is None:
+        if batch.token_mask is not None:
+            real = batch.token_mask
+        elif shape is not None and len(shape) == 3:
+            real = np.ones((len(batch), shape[1]), bool)
+        else:
             return None
-        weight = np.ones((len(batch), rows), np.float32)
-        weight[:, 0] = CLASS_ROW_WEIGHT
+        weight = np.ones(real.shape, np.float32)
+        weight[:, 0] = CLASS_ROW_SHARE * real.sum(axis=1)
         return weight.reshape(-1)
 
     return weigh

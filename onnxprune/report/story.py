@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from onnxprune.report.numbers import cost, milliseconds, percent, points, times
 
+_WORDS = {"macs": "multiply-adds", "params": "parameters", "size": "file size"}
 Record = Mapping[str, Any]
 GIVEN, FINISHED, PRUNED = "file as given", "finished original", "pruned"
 MISS = 0.02
@@ -79,6 +80,7 @@ def asked(record: Record) -> str:
     """The target in words: ``60% of the latency (1.20 ms)``."""
     target = record["target"]
     quantity, _, value = target["asked"].partition("=")
+    quantity = _WORDS.get(quantity, quantity)
     if value == "auto":
         return f"{quantity} as low as the loss allows"
     goal = cost(target["goal"], target["unit"])

@@ -62,7 +62,7 @@ def _facts(record: Record) -> Table:
         ("model", f"{record['input']['path']}, opset {record['input']['opset']}, {count(record['input']['parameters'])} parameters"),
         ("data", f"{data['origin']}{found}: {data['rows']:,} rows decided, {data['held_back']:,} held back"),
         ("preserved", f"{record['objective']['output']} ({record['objective']['why']})"),
-        ("recipe", f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} rounds; seed {record['seed']}"),
+        ("recipe", f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}; seed {record['seed']}"),
     ]
     return _pairs([*rows, ("took", seconds(record["wall_s"]))])
 

@@ -1,0 +1,105 @@
+"""Geometry of the report's drawings: plain numbers in, coordinates out. The template only places them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnxprune.report.numbers import figures, milliseconds, percent, times
+
+Record = Mapping[str, Any]
+_WIDTH = 560.0
+"""Drawing width in SVG units of everything that has a scale."""
+
+
+def latency_bars(benchmark: Record) -> list[dict[str, Any]]:
+    """One bar a variant. The whisker is the interval of the paired speed-up, as latency of that variant."""
+    variants = benchmark["variants"]
+    reference = next(iter(variants.values()))["latency_ms"]
+    longest = max([variant["latency_ms"] for variant in variants.values()] + [reference / v["speedup"]["low"] for v in variants.values()])
+    bars = []
+    for name, variant in variants.items():
+        gain = variant["speedup"]
+        bars.append(
+            {
+                "name": name,
+                "width": _WIDTH * variant["latency_ms"] / longest,
+                "low": _WIDTH * reference / gain["high"] / longest,
+                "high": _WIDTH * reference / gain["low"] / longest,
+                "label": milliseconds(variant["latency_ms"]),
+                "note": "reference" if not bars else f"{times(gain['median'])}  [{gain['low']:.2f}, {gain['high']:.2f}]",
+            }
+        )
+    return bars
+
+
+def latency_boxes(benchmark: Record) -> dict[str, Any]:
+    """Quantile boxes of all variants on one axis: whiskers 10 to 90 %, box 25 to 75 %, a line at the median, a dot at the fastest run."""
+    rows = {name: variant["quantiles_ms"] for name, variant in benchmark["variants"].items()}
+    values = [value for row in rows.values() for value in row.values()]
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.05 or high * 0.05 or 1.0
+    start, span = max(low - margin, 0.0), high - low + 2 * margin
+
+    def x(value: float) -> float:
+        return _WIDTH * (value - start) / span
+
+    boxes = [
+        {"name": name, **{word: x(row[key]) for word, key in _QUANTILES.items()}, "median_label": milliseconds(row["0.5"])} for name, row in rows.items()
+    ]
+    return {"boxes": boxes, "ticks": [{"x": x(value), "label": figures(value)} for value in _ticks(start, start + span)]}
+
+
+_QUANTILES = {"fastest": "0.0", "p10": "0.1", "p25": "0.25", "median": "0.5", "p75": "0.75", "p90": "0.9"}
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round values inside a range."""
+    rough = (high - low) / 5
+    power = 10.0 ** int(f"{rough:e}".partition("e")[2])
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first = int(low / step) + 1
+    return [index * step for index in range(first, first + 20) if index * step < high]
+
+
+def layers(record: Record) -> list[dict[str, Any]]:
+    """One row a layer: heads as boxes in their order (known only with the plan), other units as a bar."""
+    chosen: Mapping[str, Sequence[int]] = record.get("plan_kept", {})
+    widest = {kind: max(site["units"] for site in record["sites"] if site["kind"] == kind) for kind in {s["kind"] for s in record["sites"]}}
+    rows: dict[str, dict[str, Any]] = {}
+    for site in record["sites"]:
+        name = site["site"].rpartition(".")[0] or site["site"]
+        kept = set(chosen.get(site["site"], range(site["kept"])))
+        entry = {
+            "kept": site["kept"],
+            "units": site["units"],
+            "share": percent(site["kept"] / site["units"], 0),
+            "scale": site["units"] / widest[site["kind"]],
+            "part": site["kept"] / site["units"],
+            "boxes": [unit in kept for unit in range(site["units"])] if site["kind"] == "heads" and site["units"] <= 64 else None,
+        }
+        rows.setdefault(name, {"name": name.replace(".", " "), "sites": {}})["sites"][site["kind"]] = entry
+    return list(rows.values())
+
+
+def intervals(comparison: Record) -> dict[str, Any] | None:
+    """Accuracy before and after on one axis; without labels, agreement or cosine alone."""
+    named = [("original", "accuracy_before"), ("pruned", "accuracy_after")]
+    if comparison.get("accuracy_before") is None:
+        named = [("agreement", "agreement")] if comparison.get("agreement") is not None else [("cosine", "cosine")]
+    found = [(label, comparison[key]) for label, key in named if comparison.get(key) is not None]
+    if not found:
+        return None
+    low = min(interval["low"] for _, interval in found)
+    high = max(interval["high"] for _, interval in found)
+    margin = max((high - low) * 0.3, 0.01)
+    start, end = max(low - margin, 0.0), min(high + margin, 1.0)
+
+    def x(value: float) -> float:
+        return _WIDTH * (value - start) / (end - start)
+
+    rows = [
+        {"name": label, "value": x(i["value"]), "low": x(i["low"]), "high": x(i["high"]), "label": percent(i["value"]), "range": f"[{percent(i['low'])}, {percent(i['high'])}]"}
+        for label, i in found
+    ]
+    return {"rows": rows, "ticks": [{"x": x(value), "label": f"{100 * value:.4g}%"} for value in _ticks(start, end)]}
