@@ -15,7 +15,7 @@ _PASSING = frozenset("Identity Cast Dropout Reshape Squeeze Unsqueeze Flatten".s
 class Branch:
     """The way from a product to the sum it joins.
 
-    ``total`` is the tensor after the residual addition, ``gain`` the product of constant scales on the way (LayerScale), ``bias`` the
+    ``total`` is the tensor after the residual addition, ``gain`` the product of the scales on the way (LayerScale, alpha), ``bias`` the
     (node index, slot) of the first bias on the way that is as wide as the product, ``bias_gain`` the scales before it.
     """
 
@@ -27,7 +27,7 @@ class Branch:
 
 def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
     """Follow the output of ``node`` to the first addition with another activation; None if something else comes first."""
-    gain = np.ones(width)
+    gain = np.full(width, float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0)
     bias: tuple[int, int] | None = None
     bias_gain = gain
     if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2] and node.attrs.get("beta", 1.0) == 1.0:
@@ -47,11 +47,11 @@ def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
                 return None
             if bias is None and constant.size == width and constant.shape[-1] == width:
                 bias, bias_gain = (reader.index, others[0][0]), gain
-        elif reader.op == "Mul" and len(others) == 1:
+        elif reader.op == "Mul" or (reader.op == "Div" and slot == 0):
             constant = view.value(others[0][1])
-            if constant is None or constant.size not in (1, width):
+            if constant is None or not (constant.size == 1 or constant.shape[-1] == constant.size == width):
                 return None
-            gain = gain * constant.reshape(-1)
+            gain = gain * constant.reshape(-1) if reader.op == "Mul" else gain / constant.reshape(-1)
         elif reader.op not in _PASSING:
             return None
         tensor = reader.outputs[0]

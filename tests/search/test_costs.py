@@ -57,8 +57,8 @@ def test_counted_costs_are_those_of_the_sliced_model(make: Callable[[], tuple[An
         assert tables["bytes"].predict(counts) == pytest.approx(4 * predicted)
         if all(counts.values()):
             assert predicted == pytest.approx(sliced.parameters, rel=1e-9)
-        else:  # with a whole block go its constants that belong to no unit, a scale or a mask
-            assert sliced.parameters <= predicted <= 1.05 * sliced.parameters
+        else:  # with a whole block goes what belongs to no unit: the norm in front of it, a scale
+            assert sliced.parameters <= predicted <= 1.1 * sliced.parameters
 
 
 def test_a_table_adds_up() -> None:
