@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     name = args.model.stem if args.model else "bert-base"
-    model, calib = (args.model, args.calib) if args.model else bert_base(round(args.samples / 0.8), args.tokens)
+    model, calib = (args.model, args.calib) if args.model else bert_base(round(args.samples / 0.75), args.tokens)
     pruned = _python(_PRUNE, model, calib, args.samples, args.rounds, "50%")
     forward = _python(_FORWARD, model, calib, int(pruned["rows"]))
     row = {

@@ -57,14 +57,16 @@ class Fidelity:
 class Comparison:
     """A model against the original on the same samples.
 
-    Class outputs: ``agreement`` (same prediction) and ``kl`` (nats, original || model); with labels also ``accuracy`` of both and
-    ``drop`` (original minus model, paired). Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
+    Class outputs: ``agreement`` (same prediction), ``kl`` (nats, original || model) and ``expected_drop``, the accuracy that would be lost if
+    labels followed the original's own probabilities: it needs no labels and is far less noisy than a count. With labels also ``accuracy``
+    of both and ``drop`` (original minus model, paired). Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
     """
 
     samples: int
     output: str
     agreement: Interval | None = None
     kl: Interval | None = None
+    expected_drop: Interval | None = None
     accuracy_before: Interval | None = None
     accuracy_after: Interval | None = None
     drop: Interval | None = None
@@ -129,7 +131,8 @@ def _per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: 
     log_p, log_q = (_log_softmax(values, objective) for values in (before, after))
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     predicted, now = before.argmax(-1), after.argmax(-1)
-    result = {"agreement": _mean(predicted == now, weight), "kl": _mean(kl, weight)}
+    given_up = np.exp(np.take_along_axis(log_p, predicted[..., None], -1)) - np.exp(np.take_along_axis(log_p, now[..., None], -1))
+    result = {"agreement": _mean(predicted == now, weight), "kl": _mean(kl, weight), "expected_drop": _mean(given_up[..., 0], weight)}
     labels = batch.labels
     if labels is not None and labels.dtype.kind == "i" and labels.shape == predicted.shape:
         counted = weight * (labels != IGNORED_LABEL)

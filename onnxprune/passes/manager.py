@@ -150,8 +150,8 @@ def _scope(sites: list[Site], settings: Settings) -> list[Site]:
 
 
 def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:
-    """Rows that decide and rows that judge: at most ``samples`` and 1,024; at least a fifth is held back."""
-    rows = min(settings.samples, int(len(data) * 0.8))
+    """Rows that decide and rows that judge: at most ``samples`` and 1,024; at least a quarter is held back."""
+    rows = min(settings.samples, int(len(data) * 0.75))
     held = min(len(data) - rows, _HELD_BACK)
     return data.split(rows, held, settings.recipe.seed)
 
@@ -322,9 +322,12 @@ class _Search:
         if kept is None:
             return None
         candidate = cut(self.bench, kept)
-        name, loss = self.judge(candidate).loss
-        self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, {name: loss})
-        return candidate if loss <= limit else None
+        judged = self.judge(candidate)
+        name, loss = judged.loss
+        # A count of hits on a few hundred rows is too noisy to steer by; the expected drop is not, and needs no labels.
+        expected = judged.expected_drop.value if judged.drop is not None and judged.expected_drop is not None else 0.0
+        self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, {name: loss, "expected drop": expected})
+        return candidate if max(loss, expected) <= limit else None
 
     def judge(self, student: Student) -> Comparison:
         return compare(self.study.given, self.ship(student), self.held_back, self.objective, self.settings.runtime, self.settings.recipe.seed)
