@@ -1,0 +1,89 @@
+"""The linear way from a product to the residual sum: its scales and its bias are what a re-fit divides by and writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from onnxprune.graph.branch import follow_branch
+from onnxprune.graph.model import load
+from onnxprune.graph.view import GraphView
+from onnxprune.runtime.session import open_session, run
+from tests.graph.net import WIDTH, Net
+
+Way = Callable[[Net, str], str]
+
+
+def scaled_after_bias(net: Net, product: str) -> str:
+    return str(net("Mul", net.add(product, net.weight(WIDTH)), net.weight(WIDTH)))
+
+
+def scaled_before_bias(net: Net, product: str) -> str:
+    return net.add(net.weight(1, 1, WIDTH), net("Mul", net.weight(WIDTH), product))
+
+
+def divided(net: Net, product: str) -> str:
+    return str(net("Div", net.add(product, net.weight(WIDTH)), net.constant(np.float32(3))))
+
+
+def gemm(net: Net, product: str) -> str:
+    """The product is a Gemm with alpha, then turned back to three axes."""
+    node = net.nodes[-1]
+    flat = net("Reshape", "x", net.ints(-1, WIDTH))
+    made = net("Gemm", flat, node.input[1], net.weight(WIDTH), alpha=0.5)
+    shape = net("Concat", net("Slice", net("Shape", "x"), net.ints(0), net.ints(2)), net.ints(WIDTH), axis=0)
+    return str(net("Reshape", made, shape))
+
+
+@pytest.mark.parametrize("way", [scaled_after_bias, scaled_before_bias, divided, gemm])
+def test_changes_of_weight_and_bias_arrive_as_the_branch_says(way: Way) -> None:
+    """Adding D to the weights and d * bias_gain to the bias moves the sum by (x D + d) * gain."""
+    net = Net()
+    branch_end = way(net, str(net("MatMul", "x", net.weight(WIDTH, WIDTH))))
+    model = load(net.done(net.add("x", branch_end)))
+    view = GraphView(model)
+    node = next(node for node in reversed(view.nodes) if node.op in ("Gemm", "MatMul"))
+    branch = follow_branch(view, node, WIDTH)
+    assert branch is not None
+    assert branch.bias is not None
+    assert branch.total == model.output_names[0]
+    rng = np.random.default_rng(0)
+    change, shift = (rng.standard_normal(shape).astype(np.float32) for shape in ((WIDTH, WIDTH), (WIDTH,)))
+    bias_node, slot = branch.bias
+    edited = {tensor.name: model.initializer(tensor.name) for tensor in model.proto.graph.initializer}
+    weight_name, bias_name = node.inputs[1], view.nodes[bias_node].inputs[slot]
+    edited[weight_name] = edited[weight_name] + change
+    edited[bias_name] = edited[bias_name] + (shift * branch.bias_gain).reshape(edited[bias_name].shape).astype(np.float32)
+    from onnx import numpy_helper
+
+    proto = model.to_proto()
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in edited.items())
+    x = rng.standard_normal((2, 3, WIDTH)).astype(np.float32)
+    moved = run(open_session(proto), {"x": x})[0] - run(open_session(model), {"x": x})[0]
+    np.testing.assert_allclose(moved, (x @ change + shift) * branch.gain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["Relu", "Softmax", "Transpose"])
+def test_a_way_that_is_not_linear_along_the_width_is_no_branch(op: str) -> None:
+    net = Net()
+    product = net("MatMul", "x", net.weight(WIDTH, WIDTH))
+    other = net(op, product)
+    view = GraphView(load(net.done(net.add("x", other) if op != "Transpose" else net("Add", other, net("Transpose", "x")))))
+    assert follow_branch(view, view.nodes[0], WIDTH) is None
+
+
+def test_a_product_that_is_read_twice_is_no_branch() -> None:
+    net = Net()
+    product = net("MatMul", "x", net.weight(WIDTH, WIDTH))
+    view = GraphView(load(net.done(net.add("x", net.add(product, net("Relu", product))))))
+    assert follow_branch(view, view.nodes[0], WIDTH) is None
+
+
+def test_a_scale_that_varies_along_another_axis_is_no_branch() -> None:
+    net = Net(seq=WIDTH)
+    product = net("Mul", net("MatMul", "x", net.weight(WIDTH, WIDTH)), net.weight(WIDTH, 1))
+    view = GraphView(load(net.done(net.add("x", product))))
+    assert follow_branch(view, view.nodes[0], WIDTH) is None
