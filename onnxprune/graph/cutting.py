@@ -10,7 +10,7 @@ import onnx
 from onnx import helper
 
 from onnxprune.graph.model import Model, placeholder
-from onnxprune.graph.view import GraphView
+from onnxprune.graph.view import GraphView, captured
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def cut_piece(view: GraphView, nodes: list[int], outputs: Iterable[str], known: 
     delivered = tuple(name for name in dict.fromkeys(outputs) if name in made)
     if not delivered:
         return Piece(None, (), ())
-    read = dict.fromkeys(name for node in chosen for name in node.inputs if name and name not in made)
+    needed = (name for node in chosen for name in (*node.inputs, *sorted(captured(node.proto))))
+    read = dict.fromkeys(name for name in needed if name and name not in made)
     fed = [name for name in read if name in known]
-    proto = onnx.ModelProto()
-    proto.CopyFrom(onnx.ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import))
+    proto = onnx.ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import)
     proto.graph.name = "piece"
     proto.graph.node.extend(node.proto for node in chosen)
     proto.graph.initializer.extend(tensor for tensor in model.proto.graph.initializer if tensor.name in read)
@@ -89,19 +89,8 @@ def replace_constants(model: Model, changes: Mapping[tuple[int, int], np.ndarray
         placeholder(tensor, array.nbytes)
         proto.graph.initializer.append(tensor)
         weights[name] = np.ascontiguousarray(array)
-    read = {name for node in proto.graph.node for name in node.input} | {value.name for value in proto.graph.output}
-    captured = {name for name in taken if name not in read and _inside(proto, name)}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in read or tensor.name in captured]
+    read = {name for node in proto.graph.node for name in (*node.input, *captured(node))} | {value.name for value in proto.graph.output}
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     return model.with_proto(proto, weights)
-
-
-def _inside(proto: onnx.ModelProto, name: str) -> bool:
-    """Whether a control-flow body of the graph reads ``name``."""
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else list(attribute.graphs):
-                if any(name in child.input for child in body.node):
-                    return True
-    return False

@@ -22,19 +22,16 @@ def masked_model(anatomy: Anatomy) -> Model:
     Adds one float input ``onnxprune.mask.<site>`` of shape [units] per site; all ones gives the original outputs.
     """
     surgeon = Surgeon(anatomy.model)
-    declared = {}
     for site in anatomy.sites:
         for consumer in site.consumers:
             leaf = anatomy.view.value(consumer.leaf.tensor)
             assert leaf is not None
             name = MASK + site.name
             if name not in surgeon.tensors:
-                declared[name] = helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(leaf.dtype), [site.units])
                 mask = surgeon.tensors[name] = _input(surgeon, name, leaf.dtype, site.units)
                 surgeon.graph.inputs.append(mask)
             _multiply(surgeon, anatomy, consumer.tensor, consumer.axis, consumer.labels, consumer.leaf.node.index, name, leaf.dtype)
-    model = surgeon.close()
-    return model
+    return surgeon.close()
 
 
 def _input(surgeon: Surgeon, name: str, dtype: np.dtype, units: int):  # type: ignore[no-untyped-def]

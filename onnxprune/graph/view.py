@@ -62,7 +62,7 @@ class GraphView:
             for slot, name in enumerate(node.inputs):
                 if name:
                     self.consumers.setdefault(name, []).append((node, slot))
-            for name in _captured(node.proto):
+            for name in sorted(captured(node.proto)):
                 self.consumers.setdefault(name, []).append((node, -1))
         self.graph_inputs = frozenset(model.input_names)
         self.graph_outputs = frozenset(model.output_names)
@@ -75,8 +75,7 @@ class GraphView:
         for node in self.nodes:
             if node.op.startswith("Random"):
                 continue
-            captured = _captured(node.proto)
-            if all(name in known for name in node.inputs if name) and all(name in known for name in captured):
+            if all(name in known for name in node.inputs if name) and captured(node.proto) <= known:
                 known.update(name for name in node.outputs if name)
         return frozenset(known)
 
@@ -102,7 +101,7 @@ class GraphView:
             if node is not None and node.index not in found:
                 found.add(node.index)
                 pending.extend(name for name in node.inputs if name)
-                pending.extend(_captured(node.proto))
+                pending.extend(captured(node.proto))
         return found
 
     def descendants(self, names: Iterator[str] | list[str] | tuple[str, ...] | set[str] | frozenset[str]) -> set[int]:
@@ -117,8 +116,8 @@ class GraphView:
         return found
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """Outer tensors that the subgraphs of a node (If, Loop, Scan) read."""
+def captured(node: onnx.NodeProto) -> set[str]:
+    """Outer tensors that the subgraphs of a node (If, Loop, Scan) read, at any depth."""
     names: set[str] = set()
     for attribute in node.attribute:
         for graph in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else list(attribute.graphs):
@@ -126,6 +125,6 @@ def _captured(node: onnx.NodeProto) -> set[str]:
             inner.update(name for child in graph.node for name in child.output)
             for child in graph.node:
                 names.update(name for name in child.input if name and name not in inner)
-                names.update(_captured(child) - inner)
+                names.update(captured(child) - inner)
             names.update(value.name for value in graph.output if value.name not in inner)
     return names
