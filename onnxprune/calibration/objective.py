@@ -57,9 +57,7 @@ def choose_objective(anatomy: Anatomy, output: str | None = None, labels: np.nda
     model, view, profile = anatomy.model, anatomy.view, anatomy.profile
     candidates = {value.name: value for value in model.proto.graph.output}
     if output is not None and output not in candidates:
-        raise InputError(
-            f"the model has no output {output!r}; did you mean {nearest(output, candidates)!r}? (it has {', '.join(candidates)})"
-        )
+        raise InputError(f"the model has no output {output!r}{nearest(output, candidates)}; it has {', '.join(candidates)}")
     name, why = (output, "chosen by --output") if output is not None else _default_output(model.proto.graph.output, view)
     shape = profile.shape(name) or ()
     if len(shape) < 2 or candidates[name].type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
