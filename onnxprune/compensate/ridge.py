@@ -35,7 +35,7 @@ class NormalEquations:
         self.gram = np.zeros((inputs + 1, inputs + 1))
         self.cross = np.zeros((inputs + 1, outputs))
         self.energy = 0.0
-        self.rows = 0.0
+        self.rows = 0
 
     def add(self, x: np.ndarray, error: np.ndarray, weight: np.ndarray | None = None) -> None:
         """Add rows: ``x`` [rows, inputs] and ``error`` [rows, outputs], optionally weighted per row."""
@@ -62,7 +62,7 @@ class NormalEquations:
         self.cross[:n] += x.T @ error
         self.cross[n] += ones @ error
         self.energy += float(np.einsum("ij,ij->", error, error, dtype=np.float64))
-        self.rows += float(ones @ ones)
+        self.rows += len(x)
 
     def __iadd__(self, other: NormalEquations) -> NormalEquations:
         self.flush()
@@ -73,25 +73,36 @@ class NormalEquations:
         self.rows += other.rows
         return self
 
-    def solve(self, ridge: float) -> Fit:
-        """The ridge solution; ``ridge`` is relative to the mean diagonal of X'X.
+    def solve(self, ridge: float, intercept: bool = True) -> Fit:
+        """The ridge solution; ``ridge`` is relative to the mean diagonal of X'X. Without ``intercept`` the bias stays as it is.
 
         Raises:
             numpy.linalg.LinAlgError: the system stays singular even when damped a thousand times more.
         """
         n = len(self.gram) - 1
         strength = ridge * max(float(np.trace(self.gram[:n, :n])) / max(n, 1), 1e-30)
+        size = n + 1 if intercept else n
+        cross = self.cross[:size]
         for _ in range(4):
-            damped = self.gram.copy()
+            damped = self.gram[:size, :size].copy()
             damped[np.arange(n), np.arange(n)] += strength
-            damped[n, n] *= 1 + 1e-9
+            if intercept:
+                damped[n, n] *= 1 + 1e-9
             try:
-                solution = linalg.cho_solve(linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False), self.cross)
+                solution = linalg.cho_solve(linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False), cross)
             except linalg.LinAlgError:
                 strength *= 10
                 continue
-            return Fit(solution[:n], solution[n], self.error(solution))
+            weights, bias = solution[:n], solution[n] if intercept else np.zeros(cross.shape[1])
+            return Fit(weights, bias, self._solved_error(solution, weights, strength))
         raise np.linalg.LinAlgError("the Gram matrix is not positive definite, even with strong damping")
+
+    def _solved_error(self, solution: np.ndarray, weights: np.ndarray, strength: float) -> float:
+        """Relative squared error of a ridge solution, from X'X D = X'E - strength D: no product with the Gram matrix is needed."""
+        if self.energy <= 0:
+            return 1.0
+        explained = float(np.einsum("ij,ij->", solution, self.cross[: len(solution)]))
+        return (self.energy - explained - strength * float(np.einsum("ij,ij->", weights, weights))) / self.energy
 
     def error(self, change: np.ndarray) -> float:
         """Squared error after an augmented change [inputs + 1, outputs], relative to no change."""
@@ -99,3 +110,25 @@ class NormalEquations:
             return 1.0
         quadratic = float(np.einsum("ij,ij->", change, self.gram @ change))
         return (self.energy - 2 * float(np.einsum("ij,ij->", change, self.cross)) + quadratic) / self.energy
+
+
+class HeldRows:
+    """A few rows kept out of a fit, to judge it."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+
+    def add(self, x: np.ndarray, error: np.ndarray, weight: np.ndarray | None = None) -> None:
+        """Keep rows as for :meth:`NormalEquations.add`."""
+        self._rows.append((x, error, weight))
+
+    def error(self, fit: Fit) -> float | None:
+        """Squared error after ``fit``, relative to no change; None if no row, or no error, was kept."""
+        before = after = 0.0
+        weights, bias = fit.weights.astype(np.float32), fit.bias.astype(np.float32)
+        for x, error, weight in self._rows:
+            rows = np.ones(len(x)) if weight is None else weight
+            left = error - x @ weights - bias
+            before += float(rows @ np.einsum("ij,ij->i", error, error, dtype=np.float64))
+            after += float(rows @ np.einsum("ij,ij->i", left, left, dtype=np.float64))
+        return after / before if before > 0 else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.prefix import Prefix
-from onnxprune.compensate.ridge import Fit, NormalEquations
+from onnxprune.compensate.ridge import Fit, HeldRows, NormalEquations
 from onnxprune.compensate.scale import solve_scales
 from onnxprune.graph.anatomy import Anatomy, Consumer, Site
 from onnxprune.graph.branch import Branch, follow_branch
@@ -127,19 +127,19 @@ def _accumulate(
     student_run: Prefix,
     batches: Sequence[Batch],
     row_weight: Callable[[Batch], np.ndarray | None] | None,
-) -> tuple[NormalEquations, NormalEquations]:
-    """Sums for the fit, and for its judgement on rows kept out of it."""
+) -> tuple[NormalEquations, HeldRows]:
+    """Sums for the fit, and the rows kept out of it to judge it."""
     total = stage.branch.total
     fitted: NormalEquations | None = None
-    held: NormalEquations | None = None
+    held = HeldRows()
     seen = 0
     teacher = teacher_run.advance([total], [total])
     student = student_run.advance([stage.consumer.tensor, total], [stage.consumer.tensor])
     for batch, (target,), (x, current) in zip(batches, teacher, student, strict=True):
         x = x.reshape(-1, x.shape[-1])
         error = ((target - current) / stage.branch.gain).astype(np.float32).reshape(len(x), -1)
-        if fitted is None or held is None:
-            fitted, held = (NormalEquations(x.shape[1], error.shape[1]) for _ in range(2))
+        if fitted is None:
+            fitted = NormalEquations(x.shape[1], error.shape[1])
         per_row = len(x) // len(batch)
         judge = np.repeat((seen + np.arange(len(batch))) % _CHECK_EVERY == 0, per_row)
         seen += len(batch)
@@ -148,9 +148,8 @@ def _accumulate(
         for sums, chosen in ((fitted, real & ~judge), (held, real & judge)):
             if chosen.any():
                 sums.add(x[chosen], error[chosen], None if weight is None else weight[chosen])
-    assert fitted is not None and held is not None
+    assert fitted is not None
     fitted.flush()
-    held.flush()
     return fitted, held
 
 
@@ -161,17 +160,18 @@ def _real_rows(batch: Batch, rows: int) -> np.ndarray:
     return np.repeat(batch.valid, rows // len(batch))
 
 
-def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: NormalEquations, method: Method) -> tuple[_NewConstants, SiteFit]:
+def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRows, method: Method) -> tuple[_NewConstants, SiteFit]:
     name = stage.site.name
     if fitted.energy <= 1e-12 * max(float(np.trace(fitted.gram)), 1e-30):
         return {}, SiteFit(name, False, 1.0, "nothing to correct")
     try:
-        fit = fitted.solve(RIDGE) if method == "refit" else _scales(view, stage, fitted)
+        # With few rows for the columns an intercept would be noise.
+        enough = fitted.rows >= 10 * len(fitted.gram)
+        fit = fitted.solve(RIDGE, intercept=enough) if method == "refit" else _scales(view, stage, fitted)
     except np.linalg.LinAlgError as error:
         return {}, SiteFit(name, False, 1.0, str(error))
-    if fitted.rows < 10 * len(fitted.gram):
-        fit = Fit(fit.weights, np.zeros_like(fit.bias), fit.fitted_error)  # too few rows to trust an intercept
-    judged = held.error(np.vstack([fit.weights, fit.bias[None]])) if held.rows else fit.fitted_error
+    held_error = held.error(fit)
+    judged = fit.fitted_error if held_error is None else held_error
     if not judged < 1.0:
         return {}, SiteFit(name, False, judged, "the fit would not lower the error on rows kept out of it")
     return _new_constants(view, stage, fit), SiteFit(name, True, judged)

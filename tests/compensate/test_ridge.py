@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.compensate.ridge import BLOCK_ROWS, NormalEquations
+from onnxprune.compensate.ridge import BLOCK_ROWS, HeldRows, NormalEquations
 
 
 def problem(rows: int = 200, inputs: int = 7, outputs: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -73,8 +73,31 @@ def test_row_weights_count_rows_several_times() -> None:
     count = np.random.default_rng(0).integers(0, 4, 50)
     weighted = sums_of(x, error, count.astype(float))
     repeated = sums_of(np.repeat(x, count, axis=0), np.repeat(error, count, axis=0))
-    for name in ("gram", "cross", "energy", "rows"):
+    for name in ("gram", "cross", "energy"):
         np.testing.assert_allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-9)
+    assert weighted.rows == 50  # evidence, whatever it weighs
+
+
+def test_without_an_intercept_the_bias_stays_and_the_weights_are_the_least_squares_of_their_own() -> None:
+    x, error = problem(rows=400)
+    fit = sums_of(x, error).solve(1e-9, intercept=False)
+    expected = np.linalg.lstsq(x.astype(np.float64), error, rcond=None)[0]
+    np.testing.assert_allclose(fit.weights, expected, rtol=1e-4, atol=1e-6)
+    assert not fit.bias.any()
+    assert fit.fitted_error == pytest.approx(np.sum((error - x @ expected) ** 2) / np.sum(error**2), rel=1e-4)
+
+
+def test_held_rows_judge_a_fit_as_a_direct_evaluation_does() -> None:
+    x, error = problem(rows=300)
+    fit = sums_of(x[:200], error[:200]).solve(1e-2)
+    held = HeldRows()
+    held.add(x[200:250], error[200:250])
+    held.add(x[250:], error[250:], np.full(50, 3.0))
+    left = np.sum((error - x @ fit.weights - fit.bias) ** 2, axis=1)
+    before = np.sum(error**2, axis=1)
+    wanted = (left[200:250].sum() + 3 * left[250:].sum()) / (before[200:250].sum() + 3 * before[250:].sum())
+    assert held.error(fit) == pytest.approx(wanted, rel=1e-4)
+    assert HeldRows().error(fit) is None
 
 
 def test_float32_activations_are_summed_in_float64() -> None:
