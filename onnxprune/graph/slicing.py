@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxprune.errors import InputError, OnnxPruneError
@@ -274,49 +275,44 @@ def _silence(anatomy: Anatomy, site: Site, surgeon: Surgeon) -> None:
         shape = anatomy.profile.shape(node.outputs[0])
         assert weight is not None
         assert shape
-        vector = np.zeros(shape[-1], weight.dtype)
+        array = np.zeros(shape[-1], weight.dtype)
         if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2]:
-            bias = _along_last(anatomy, node.inputs[2], vector)
+            bias = anatomy.view.value(node.inputs[2])
             if bias is None:
                 raise _cannot_empty(node)
-            vector = vector + bias * np.asarray(node.attrs.get("beta", 1.0), weight.dtype)
-        _push_constant(anatomy, node.outputs[0], vector, surgeon)
+            array = array + bias * np.asarray(node.attrs.get("beta", 1.0), weight.dtype)
+        _push_constant(anatomy, node.outputs[0], array, surgeon)
 
 
 _ARITHMETIC: Mapping[str, np.ufunc] = {"Add": np.add, "Sum": np.add, "Mul": np.multiply, "Div": np.divide}
 
 
-def _push_constant(anatomy: Anatomy, name: str, vector: np.ndarray, surgeon: Surgeon) -> None:
-    """Carry ``vector``, which ``name`` holds along its last axis, through biases and scales to the addition that joins the residual."""
+def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surgeon) -> None:
+    """Carry ``array``, which broadcasts to what ``name`` holds, through biases and scales to the addition that joins the residual."""
     view = anatomy.view
     while True:
         ((node, slot),) = view.consumers[name]
         others = [other for position, other in enumerate(node.inputs) if other and position != slot]
+        values = [value for other in others if (value := view.value(other)) is not None]
         if node.op in ("Add", "Sum") and not all(view.is_constant(other) for other in others):
-            surgeon.nodes[node.index].inputs[slot] = surgeon.constant(vector, name)
+            surgeon.nodes[node.index].inputs[slot] = surgeon.constant(array, name)
             return
         if node.op in FUSED_RESIDUAL:
-            shape, full = surgeon.variable(name, np.int64), surgeon.variable(name, vector.dtype)
+            shape, full = surgeon.variable(name, np.int64), surgeon.variable(name, array.dtype)
             surgeon.add("Shape", [surgeon.nodes[node.index].inputs[1 - slot]], shape, name)
-            surgeon.add("Expand", [surgeon.constant(vector, name), shape], full, name)
+            surgeon.add("Expand", [surgeon.constant(array, name), shape], full, name)
             surgeon.nodes[node.index].inputs[slot] = full
             return
-        if node.op in _ARITHMETIC:
-            operand = _along_last(anatomy, others[0], vector)
-            if operand is None or len(others) > 1 or (node.op == "Div" and slot):
-                raise _cannot_empty(node)
-            vector = np.asarray(_ARITHMETIC[node.op](vector, operand), vector.dtype)
-        elif not _keeps_last_axis(anatomy, node, vector.size):
+        if node.op in _ARITHMETIC and len(values) == len(others) and not (node.op == "Div" and slot):
+            for value in values:
+                array = np.asarray(_ARITHMETIC[node.op](array, value), array.dtype)
+        elif node.op == "Cast":
+            array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+        elif _keeps_last_axis(anatomy, node, array.size):
+            array = array.reshape(-1)
+        else:
             raise _cannot_empty(node)
         name = node.outputs[0]
-
-
-def _along_last(anatomy: Anatomy, name: str, vector: np.ndarray) -> np.ndarray | None:
-    """A constant that only varies along the last axis, flat; None for any other."""
-    value = anatomy.view.value(name)
-    if value is None or not (value.size == 1 or value.shape[-1] == value.size == vector.size):
-        return None
-    return value.reshape(-1)
 
 
 def _keeps_last_axis(anatomy: Anatomy, node: Node, width: int) -> bool:

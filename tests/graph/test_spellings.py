@@ -272,6 +272,18 @@ def per_head_bias(how: str) -> onnx.ModelProto:
     return net.done(net.add("x", net.attention("x", bias)))
 
 
+@form(BLOCK)
+def bias_shared_by_layers() -> onnx.ModelProto:
+    """T5: one table of relative positions for all layers, so that a head is one unit through all of them."""
+    net = Net()
+    length = net("Squeeze", net("Shape", "x", start=1, end=2), net.ints(0))
+    steps = net("Range", net.constant(np.int64(0)), length, net.constant(np.int64(1)))
+    apart = net("Mod", net("Sub", net("Unsqueeze", steps, net.ints(0)), net("Unsqueeze", steps, net.ints(1))), net.constant(np.int64(7)))
+    bias = net("Unsqueeze", net("Transpose", net("Gather", net.weight(7, HEADS), apart, axis=0), perm=[2, 0, 1]), net.ints(0))
+    y = net.add("x", net.attention("x", bias))
+    return net.done(net.add(y, net.attention(y, bias)))
+
+
 @form(BOTH, "SkipLayerNormalization", "swapped")
 def fused_residual(how: str) -> onnx.ModelProto:
     net = Net()
@@ -357,6 +369,30 @@ def rotary(interleaved: int) -> onnx.ModelProto:
     turned = [net("RotaryEmbedding", net.linear("x"), *caches, num_heads=HEADS, interleaved=interleaved) for _ in range(2)]
     context = net("Attention", *turned, net.linear("x"), q_num_heads=HEADS, kv_num_heads=HEADS)
     return net.done(net.add("x", net.linear(context)))
+
+
+@form(GATED, "bias of every position", "cast", "output")
+def way_to_the_residual(how: str) -> onnx.ModelProto:
+    net = Net(seq=5)
+    product = net("MatMul", net("Relu", net.linear("x", WIDTH, FFN)), net.weight(FFN, WIDTH))
+    if how == "cast":
+        return net.done(net.add("x", net("Cast", net.add(product, net.weight(WIDTH)), to=onnx.TensorProto.FLOAT)))
+    branch = net.add(product, net.weight(5, WIDTH))
+    return net.done(net.add("x", branch), *([branch] if how == "output" else []))
+
+
+@form(GATED)
+def two_matrices_read_the_neurons() -> onnx.ModelProto:
+    net = Net()
+    hidden = net("Relu", net.linear("x", WIDTH, FFN))
+    return net.done(net.add(net.add("x", net.linear(hidden, FFN, WIDTH)), net.linear(hidden, FFN, WIDTH)))
+
+
+@form(GATED, "BiasGelu", "FastGelu")
+def fused_activation(op: str) -> onnx.ModelProto:
+    net = Net()
+    hidden = net.ms(op, net("MatMul", "x", net.weight(WIDTH, FFN)), net.weight(FFN))
+    return net.done(net.add("x", net.linear(hidden, FFN, WIDTH)))
 
 
 @form(BOTH)
