@@ -201,7 +201,6 @@ class _Search:
         recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.provider, settings.recipe.align))
         self.bench = self._workbench(recipe)
         self.trail: list[dict[str, Any]] = []
-        self._given_sessions = [open_session(study_.given, settings.runtime) for _ in range(replicas(study_.given.weight_bytes))]
 
     def _workbench(self, recipe: Recipe) -> Workbench:
         anatomy = self.study.anatomy
@@ -334,14 +333,13 @@ class _Search:
 
     def _measure(self, student: Student, given: float) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
-        model = self.ship(student)
-        pruned = [open_session(model, self.settings.runtime) for _ in self._given_sessions]
+        number = replicas(self.study.given.weight_bytes)
         calls = {
-            name: in_turn([partial(run, session, self.request) for session in group])
-            for name, group in (("given", self._given_sessions), ("pruned", pruned))
+            name: in_turn([partial(run, open_session(model, self.settings.runtime), self.request) for _ in range(number)])
+            for name, model in (("given", self.study.given), ("pruned", self.ship(student)))
         }
         clock = clock_for(self.settings.runtime)
-        timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=81, tolerance=0.005, max_seconds=15.0)
+        timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=121, tolerance=0.004, max_seconds=20.0)
         return given * ratio(timings, "pruned", "given").median
 
     def _note(self, step: str, student: Student, predicted: float, measured: float | None, extra: Mapping[str, float] | None = None) -> None:
