@@ -10,6 +10,7 @@ import pytest
 
 from onnxprune.calibration import Batch, load_calibration
 from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.slicing import slice_model
 from onnxprune.passes.refit import Changes, Method, SiteFit, refit
@@ -171,8 +172,6 @@ def test_the_fit_is_the_least_squares_solution_whatever_scales_the_branch(kind: 
     assert gained == pytest.approx(report.error, rel=0.15)
     # The best that any map of the kept neurons and an intercept can do, solved directly.
     tensor = anatomy.sites[0].consumers[0].tensor
-    from onnxprune.graph.instrument import with_outputs
-
     session = open_session(with_outputs(anatomy.model, [tensor]))
     hidden = [run(session, batch.feeds, [tensor])[0].reshape(-1, FFN)[:, ::2] for batch in batches]
     target = (outputs(anatomy.model, batches) - np.concatenate([batch.feeds["x"] for batch in batches])).reshape(-1, WIDTH)

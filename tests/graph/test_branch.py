@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 from onnxprune.graph.branch import follow_branch
 from onnxprune.graph.model import load
@@ -56,8 +57,6 @@ def test_changes_of_weight_and_bias_arrive_as_the_branch_says(way: Way) -> None:
     weight_name, bias_name = node.inputs[1], view.nodes[bias_node].inputs[slot]
     edited[weight_name] = edited[weight_name] + change
     edited[bias_name] = edited[bias_name] + (shift * branch.bias_gain).reshape(edited[bias_name].shape).astype(np.float32)
-    from onnx import numpy_helper
-
     proto = model.to_proto()
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in edited.items())

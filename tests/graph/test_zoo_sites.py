@@ -11,6 +11,7 @@ import pytest
 from onnxprune.graph.anatomy import Anatomy, study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import Model, load
+from onnxprune.graph.slicing import slice_model
 from onnxprune.runtime.session import open_session, run
 from tests import zoo
 
@@ -77,8 +78,6 @@ def test_the_consumers_of_a_site_are_the_output_projections(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert-eager-ts17", "gpt2-sdpa-do18", "llama-sdpa-do23"])
 def test_parameters_per_unit_are_what_slicing_removes(name: str) -> None:
-    from onnxprune.graph.slicing import slice_model
-
     anatomy = anatomy_of(name)
     for site in anatomy.sites[:2]:
         smaller = slice_model(anatomy, {site.name: np.arange(1, site.units)})
