@@ -1,7 +1,7 @@
 """What a run costs: CPU seconds of the decision against plain forwards over the same samples, and peak memory, each in a fresh process.
 
-    python -m benchmarks.cost                 # a BERT-base of random weights (440 MB), made on first use
-    python -m benchmarks.cost --model M.onnx --calib data.npz --samples 256
+python -m benchmarks.cost                 # a BERT-base of random weights (440 MB), made on first use
+python -m benchmarks.cost --model M.onnx --calib data.npz --samples 256
 """
 
 from __future__ import annotations

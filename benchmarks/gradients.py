@@ -1,6 +1,6 @@
 """Cost of mask gradients: thread CPU time of gradient runs over that of plain forwards on the same rows, interleaved.
 
-    python -m benchmarks.gradients --models FOLDER
+python -m benchmarks.gradients --models FOLDER
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> None:
         forward = open_session(given)
         for batch in batches:
             targets.add(run(forward, batch.feeds, [objective.output])[0])
-        taps = [Tap(site.name, site.consumers[0].tensor, site.consumers[0].axis, site.consumers[0].labels, site.units) for site in anatomy.sites]
+        taps = [
+            Tap(site.name, site.consumers[0].tensor, site.consumers[0].axis, site.consumers[0].labels, site.units) for site in anatomy.sites
+        ]
         backward = open_session(gradient_model(canonical, taps, objective.tensor, objective.link, profile))
         feeds = [{**batch.feeds, **targets.feeds(number, 0)} for number, batch in enumerate(batches)]
 
@@ -50,7 +52,10 @@ def main() -> None:
             for item in inputs:
                 run(session, item)  # type: ignore[arg-type]
 
-        calls = {"forward": partial(all_rows, forward, [dict(batch.feeds) for batch in batches]), "gradients": partial(all_rows, backward, feeds)}
+        calls = {
+            "forward": partial(all_rows, forward, [dict(batch.feeds) for batch in batches]),
+            "gradients": partial(all_rows, backward, feeds),
+        }
         measured = ratio(time_sessions(calls, rounds=15, max_seconds=90), "gradients", "forward")
         rows.append({"task": name, "gradients_over_forward": measured.median, "interval": [measured.low, measured.high], "rows": ROWS})
         print(json.dumps(rows[-1]), flush=True)

@@ -1,7 +1,7 @@
 """Heads and FFNs found in full-size exports: six models x three exporters x two attention forms, and masked == sliced on each.
 
-    python -m benchmarks.sites                # all 36; about a quarter of an hour and 1 GB of scratch space
-    python -m benchmarks.sites --only bert    # names that contain a word
+python -m benchmarks.sites                # all 36; about a quarter of an hour and 1 GB of scratch space
+python -m benchmarks.sites --only bert    # names that contain a word
 """
 
 from __future__ import annotations

@@ -100,7 +100,9 @@ def masked_equals_sliced(anatomy: Anatomy, kept: Kept, data: CalibrationData, op
     return Fidelity(worst, scale, len(data), TOLERANCE)
 
 
-def compare(original: Model, model: Model, data: CalibrationData, objective: Objective, options: RuntimeOptions, seed: int = 0) -> Comparison:
+def compare(
+    original: Model, model: Model, data: CalibrationData, objective: Objective, options: RuntimeOptions, seed: int = 0
+) -> Comparison:
     """Compare two models on all rows of ``data``; padding and ignored labels do not count."""
     columns: dict[str, list[np.ndarray]] = {}
     first = stream(original, data, [objective.output], options=options)

@@ -36,6 +36,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def real_rows(self, rows: int) -> np.ndarray:
+        """Which of ``rows`` flattened positions count, bool ``[rows]``: no padding, no filler rows. Samples must be the leading axis."""
+        if self.token_mask is not None and self.token_mask.size == rows:
+            return self.token_mask.reshape(-1)
+        return np.repeat(self.valid, rows // len(self))
+
 
 @dataclass(frozen=True)
 class CalibrationData:

@@ -16,7 +16,8 @@ import numpy as np
 
 from onnxprune.errors import Refusal
 from onnxprune.graph.axes import Blocked, Group, Leaf, Tracer
-from onnxprune.graph.axis_rules import NONLINEAR, Shapes, Tie, links
+from onnxprune.graph.axis_links import Shapes, Tie
+from onnxprune.graph.axis_rules import NONLINEAR, links
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.view import GraphView, Node

@@ -16,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from onnxprune.graph.axis_rules import MEASURES, Barrier, Link, Regroup, Shapes, Tie, links
+from onnxprune.graph.axis_links import Barrier, Link, Regroup, Shapes, Tie
+from onnxprune.graph.axis_rules import MEASURES, links
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.view import GraphView, Node
 

@@ -15,7 +15,9 @@ import onnx_graphsurgeon as gs
 
 from onnxprune.errors import InputError, OnnxPruneError
 from onnxprune.graph.anatomy import FUSED_RESIDUAL, Anatomy, Site
-from onnxprune.graph.axis_rules import Shapes, packed_sizes, slice_ranges
+from onnxprune.graph.attention_rules import packed_sizes
+from onnxprune.graph.axis_links import Shapes
+from onnxprune.graph.axis_rules import slice_ranges
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
 from onnxprune.graph.view import Node

@@ -111,6 +111,8 @@ def _stages(anatomy: Anatomy, student: Model) -> tuple[list[_Stage], list[SiteFi
             reason = "nothing is left to fit"
         elif weight is None or weight.ndim != 2 or consumer.axis != len(anatomy.profile.shape(consumer.tensor) or ()) - 1:
             reason = "its consumer is not a plain matrix product"
+        elif not leads_with_samples(anatomy, consumer.tensor):
+            reason = "its first axis is not the batch, so padding cannot be told apart"
         else:
             branch = follow_branch(view, view.nodes[index_of[node.name]], weight.shape[1 - consumer.leaf.axis])
             reason = "" if branch else "the way to the residual stream is not linear"
@@ -119,6 +121,13 @@ def _stages(anatomy: Anatomy, student: Model) -> tuple[list[_Stage], list[SiteFi
         else:
             stages.append(_Stage(site, consumer, branch, index_of[node.name]))
     return stages, skipped
+
+
+def leads_with_samples(anatomy: Anatomy, tensor: str) -> bool:
+    """Whether the leading axis of ``tensor`` holds samples (or samples times positions), as far as the profile can tell."""
+    profile = anatomy.profile
+    samples, shape = profile.shape(anatomy.model.input_names[0]), profile.shape(tensor)
+    return not samples or not shape or shape[0] % samples[0] == 0
 
 
 def _accumulate(
@@ -143,7 +152,7 @@ def _accumulate(
         per_row = len(x) // len(batch)
         judge = np.repeat((seen + np.arange(len(batch))) % _CHECK_EVERY == 0, per_row)
         seen += len(batch)
-        real = _real_rows(batch, len(x))
+        real = batch.real_rows(len(x))
         weight = row_weight(batch) if row_weight else None
         for sums, chosen in ((fitted, real & ~judge), (held, real & judge)):
             if chosen.any():
@@ -151,13 +160,6 @@ def _accumulate(
     assert fitted is not None
     fitted.flush()
     return fitted, held
-
-
-def _real_rows(batch: Batch, rows: int) -> np.ndarray:
-    """Mask [rows] of flattened positions that count: no padding, no filler rows."""
-    if batch.token_mask is not None and batch.token_mask.size == rows:
-        return batch.token_mask.reshape(-1)
-    return np.repeat(batch.valid, rows // len(batch))
 
 
 def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRows, method: Method) -> tuple[_NewConstants, SiteFit]:

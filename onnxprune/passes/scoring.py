@@ -9,11 +9,11 @@ import numpy as np
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
 from onnxprune.calibration.statistics import Statistics
+from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.autodiff import Tap, gradient_model
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
-from onnxprune.graph.profile import take_profile
 from onnxprune.graph.slicing import Kept
 from onnxprune.graph.view import GraphView
 from onnxprune.importance import local
@@ -48,7 +48,8 @@ def mask_gradients(
         if len(kept[site.name])
         for position, consumer in enumerate(_distinct(site))
     ]
-    session = open_session(gradient_model(student, taps, objective.tensor, objective.link, take_profile(student)), options)
+    samples = dict(targets.batches[0].feeds)
+    session = open_session(gradient_model(student, taps, objective.tensor, objective.link, samples=samples), options)
     for number, batch in enumerate(targets.batches):
         values = run(session, {**batch.feeds, **targets.feeds(number, draw)}, [GRAD + tap.name for tap in taps])
         found: dict[str, np.ndarray] = {}
@@ -86,8 +87,7 @@ def gram_matrices(
         for site, value in zip(alive, run(session, batch.feeds, tensors), strict=True):
             x = np.moveaxis(value, site.consumers[0].axis, -1)
             x = x.reshape(-1, x.shape[-1])
-            if batch.token_mask is not None and batch.token_mask.size == len(x):
-                x = x[batch.token_mask.reshape(-1)]
+            x = x[batch.real_rows(len(x))]
             gram = (x.T @ x).astype(np.float64)
             sums[site.name] = sums[site.name] + gram if site.name in sums else gram
     return sums
@@ -114,6 +114,8 @@ def local_scores(
         consumer = site.consumers[0]
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
         assert weight is not None
+        if weight.ndim != 2:
+            raise InputError(f"importance {criterion!r} needs plain matrices, but {site.name} is read by one of {weight.ndim} dimensions; use fisher")
         rows = weight if consumer.leaf.axis == 0 else weight.T
         labels = student_labels(site, kept[site.name], consumer.labels)
         if criterion == "magnitude":

@@ -114,7 +114,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     except (OSError, ValueError) as error:
         raise InputError(f"{source} is not a plan: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise InputError(f"{source} is not a plan of schema {SCHEMA} (found {content.get('schema') if isinstance(content, dict) else 'no object'})")
+        raise InputError(
+            f"{source} is not a plan of schema {SCHEMA} (found {content.get('schema') if isinstance(content, dict) else 'no object'})"
+        )
     wanted = content.pop("compensation_sha256", None)
     content.pop("schema")
     try:
@@ -131,7 +133,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source} is damaged: {type(error).__name__} {error}") from error
     if digest(plan.changes) != wanted:
-        raise InputError(f"{source.with_suffix('.npz')} does not hold the weights that {source.name} was saved with; keep both files of one run together")
+        raise InputError(
+            f"{source.with_suffix('.npz')} does not hold the weights that {source.name} was saved with; keep both files of one run together"
+        )
     return plan
 
 
