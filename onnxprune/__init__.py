@@ -32,7 +32,22 @@ _HOMES = {
     "load_plan": "onnxprune.search.plan",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Model",
+    "OnnxPruneError",
+    "Plan",
+    "PruneResult",
+    "Refusal",
+    "__version__",
+    "apply",
+    "bench",
+    "inspect",
+    "load",
+    "load_plan",
+    "plan",
+    "prune",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

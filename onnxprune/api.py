@@ -223,7 +223,11 @@ def plan(model: ModelSource, *, calib: Any = None, progress: Progress | None = N
 
 
 def apply(
-    model: ModelSource, plan: Plan | str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, external_data: bool | None = None
+    model: ModelSource,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    external_data: bool | None = None,
 ) -> Model:
     """Replay a plan, without data. Same model and plan, same bytes.
 
@@ -236,7 +240,8 @@ def apply(
     sha256 = given.source.sha256 if given.source else ""
     if sha256 != decided.input_sha256:
         raise InputError(
-            f"the plan was made for another file (sha256 {decided.input_sha256[:12]}..., this one is {sha256[:12]}...); make a new plan for this model"
+            f"the plan was made for another file (sha256 {decided.input_sha256[:12]}..., this one is {sha256[:12]}...); "
+            "make a new plan for this model"
         )
     canonical, profile = canonicalise(given)
     result = execute(study(canonical, profile), decided)
@@ -386,7 +391,11 @@ def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> s
         return None
     name, loss = comparison.loss
     record["gates"] = [{"name": name, "limit": limit, "value": loss, "passed": loss <= limit}]
-    return None if loss <= limit else f"{name} is {100 * loss:.2f}% on {comparison.samples} held-back rows, more than the {100 * limit:g}% allowed"
+    return (
+        None
+        if loss <= limit
+        else f"{name} is {100 * loss:.2f}% on {comparison.samples} held-back rows, more than the {100 * limit:g}% allowed"
+    )
 
 
 def _describe(model: Model, path: Path | None) -> dict[str, Any]:

@@ -57,9 +57,9 @@ class Fidelity:
 class Comparison:
     """A model against the original on the same samples.
 
-    Class outputs: ``agreement`` (same prediction), ``kl`` (nats, original || model) and ``expected_drop``, the accuracy that would be lost if
-    labels followed the original's own probabilities: it needs no labels and is far less noisy than a count. With labels also ``accuracy``
-    of both and ``drop`` (original minus model, paired). Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
+    Class outputs: ``agreement`` (same prediction), ``kl`` (nats, original || model) and ``expected_drop``, the accuracy that would be lost
+    if labels followed the original's own probabilities: it needs no labels and is far less noisy than a count. With labels also the
+    ``accuracy`` of both and ``drop`` (original minus model, paired). Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
     """
 
     samples: int
