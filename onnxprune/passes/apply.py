@@ -46,7 +46,8 @@ def execute(anatomy: Anatomy, plan: Plan) -> Model:
     units = {site.name: site.units for site in anatomy.sites}
     for site, count in plan.units.items():
         if units.get(site) != count:
-            raise InputError(f"the plan expects {count} units at {site}, the model has {units.get(site, 'no such site')}; it was made for another file")
+            found = units.get(site, "no such site")
+            raise InputError(f"the plan expects {count} units at {site}, the model has {found}; it was made for another file")
     kept = {site: np.array(indices, np.int64) for site, indices in plan.kept.items()}
     model = finish(install(slice_model(anatomy, kept), plan.changes), plan.rewrites)
     return _stamp(model, plan)

@@ -131,7 +131,8 @@ def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Re
     others = sorted({site.kind for site in anatomy.sites} - kinds)
     more = f"; it does have {', '.join(others)} sites: add them to --passes" if others else ""
     reasons = "".join(f"\n  {refusal}" for refusal in refusals)
-    return f"nothing to prune for {', '.join(sorted(kinds))}: {found} and none of it is a transformer block's {' or '.join(sorted(kinds))}{more}{reasons}"
+    wanted = sorted(kinds)
+    return f"nothing to prune for {', '.join(wanted)}: {found} and none of it is a transformer block's {' or '.join(wanted)}{more}{reasons}"
 
 
 def _scope(sites: list[Site], settings: Settings) -> list[Site]:
@@ -239,8 +240,9 @@ class _Search:
 
     def _impossible(self, table: CostTable, given: float, goal: float) -> NoReturn:
         words = {"ms": "ms", "macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}[table.unit]
+        kinds = " and ".join(sorted({site.kind for site in self.bench.sites}))
         raise TargetError(
-            f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with every {' and '.join(sorted({s.kind for s in self.bench.sites}))} "
+            f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with every {kinds} "
             f"unit removed the model still takes {table.floor:.4g} {words} ({100 * table.floor / given:.0f}% of the file as given). "
             f"Ask for more than {100 * table.floor / given:.0f}%, or allow more passes"
         )
@@ -312,7 +314,8 @@ class _Search:
             share *= _AUTO_STEP
         if passed is None:
             raise TargetError(
-                f"no pruned model stays within --max-drop {100 * limit:g}% on {len(self.held_back)} held-back rows; allow a larger drop or give more calibration rows"
+                f"no pruned model stays within --max-drop {100 * limit:g}% on {len(self.held_back)} held-back rows; "
+                "allow a larger drop or give more calibration rows"
             )
         return passed, table.predict(passed.counts), self._measure(passed, given)
 
@@ -325,11 +328,12 @@ class _Search:
         name, loss = judged.loss
         # A count of hits on a few hundred rows is too noisy to steer by; the expected drop is not, and needs no labels.
         expected = judged.expected_drop.value if judged.drop is not None and judged.expected_drop is not None else 0.0
-        self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, {name: loss, "expected drop": expected})
+        self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, **{name: loss, "expected drop": expected})
         return candidate if max(loss, expected) <= limit else None
 
     def judge(self, student: Student) -> Comparison:
-        return compare(self.study.given, self.ship(student), self.held_back, self.objective, self.settings.runtime, self.settings.recipe.seed)
+        settings = self.settings
+        return compare(self.study.given, self.ship(student), self.held_back, self.objective, settings.runtime, settings.recipe.seed)
 
     def _measure(self, student: Student, given: float) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
@@ -342,10 +346,9 @@ class _Search:
         timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=121, tolerance=0.004, max_seconds=20.0)
         return given * ratio(timings, "pruned", "given").median
 
-    def _note(self, step: str, student: Student, predicted: float, measured: float | None, extra: Mapping[str, float] | None = None) -> None:
-        entry = {"step": step, "kept": student.counts, "predicted": predicted, "measured": measured, **(extra or {})}
-        self.trail.append(entry)
-        log.info("%s: predicted %.4g, measured %s %s", step, predicted, f"{measured:.4g}" if measured else "-", extra or "")
+    def _note(self, step: str, student: Student, predicted: float, measured: float | None, **losses: float) -> None:
+        self.trail.append({"step": step, "kept": student.counts, "predicted": predicted, "measured": measured, **losses})
+        log.info("%s: predicted %.4g, measured %s %s", step, predicted, f"{measured:.4g}" if measured else "-", losses or "")
 
     def _decision(
         self,

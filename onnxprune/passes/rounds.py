@@ -7,7 +7,7 @@ with labels drawn from the dense teacher, and cuts the prunable cost by the same
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np

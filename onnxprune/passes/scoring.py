@@ -10,7 +10,7 @@ from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
 from onnxprune.calibration.statistics import Statistics
 from onnxprune.errors import InputError
-from onnxprune.graph.anatomy import Site
+from onnxprune.graph.anatomy import Consumer, Site
 from onnxprune.graph.autodiff import Tap, gradient_model
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
@@ -43,7 +43,7 @@ def mask_gradients(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units]."""
     taps = [
-        Tap(f"{site.name}#{position}", consumer.tensor, consumer.axis, student_labels(site, kept[site.name], consumer.labels), len(kept[site.name]))
+        _tap(site, kept[site.name], position, consumer)
         for site in sites
         if len(kept[site.name])
         for position, consumer in enumerate(_distinct(site))
@@ -68,6 +68,11 @@ def fisher_sums(gradients: Iterable[dict[str, np.ndarray]]) -> Statistics:
         for site, values in batch.items():
             sums.add(site, np.square(values, dtype=np.float64).sum(axis=0), len(values))
     return sums
+
+
+def _tap(site: Site, kept: np.ndarray, position: int, consumer: Consumer) -> Tap:
+    labels = student_labels(site, kept, consumer.labels)
+    return Tap(f"{site.name}#{position}", consumer.tensor, consumer.axis, labels, len(kept))
 
 
 def _distinct(site: Site):  # type: ignore[no-untyped-def]
@@ -115,7 +120,7 @@ def local_scores(
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
         assert weight is not None
         if weight.ndim != 2:
-            raise InputError(f"importance {criterion!r} needs plain matrices, but {site.name} is read by one of {weight.ndim} dimensions; use fisher")
+            raise InputError(f"importance {criterion!r} needs a plain matrix to read {site.name}, not {weight.ndim} dimensions; use fisher")
         rows = weight if consumer.leaf.axis == 0 else weight.T
         labels = student_labels(site, kept[site.name], consumer.labels)
         if criterion == "magnitude":
