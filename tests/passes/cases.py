@@ -1,0 +1,79 @@
+"""Small models, calibration rows and workbenches for the tests of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import Targets, choose_objective
+from onnxprune.calibration.source import load_calibration
+from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.cutting import replace_constants
+from onnxprune.graph.instrument import with_outputs
+from onnxprune.graph.model import Model, load
+from onnxprune.passes.rounds import Recipe, Workbench
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
+from onnxprune.search.costs import CostTable
+from tests import zoo
+from tests.graph.pruning import anatomy_of
+
+BERT, VIT, GPT2, LLAMA = "bert-sdpa-do18", "vit-sdpa-do23", "gpt2-sdpa-do18", "llama-sdpa-do18"
+
+
+def arrays(name: str, count: int = 32, seq: int = 12) -> dict[str, np.ndarray]:
+    """Inputs of a zoo model, ``count`` rows (a multiple of 8) of mixed lengths."""
+    parts = [zoo.feeds(name, batch=8, seq=seq, seed=seed) for seed in range(count // 8)]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def calibration(name: str, count: int = 32, labels: np.ndarray | None = None) -> CalibrationData:
+    extra = {} if labels is None else {"labels": labels}
+    return load_calibration({**arrays(name, count), **extra}, load(zoo.path(name)))
+
+
+@cache
+def anatomy(name: str) -> Anatomy:
+    return anatomy_of(load(zoo.path(name)))
+
+
+def workbench(name: str, count: int = 32, progress: Any = None, **recipe: Any) -> Workbench:
+    """What a search on a zoo model works with."""
+    known = anatomy(name)
+    objective = choose_objective(known)
+    batches = list(calibration(name, count).batches(8, trim=True))
+    targets = Targets(objective, batches, "sampled", 0)
+    session = open_session(with_outputs(known.model, [objective.tensor]))
+    for batch in batches:
+        targets.add(run(session, batch.feeds, [objective.tensor])[0])
+    return Workbench(known, known.sites, objective, batches, targets, RuntimeOptions(), Recipe(**recipe), progress)
+
+
+def linear_table(sites: tuple[Site, ...], presence: Mapping[str, float] | None = None) -> CostTable:
+    """Milliseconds as a machine might show them: each site 1 ms, spread over its units and, in part, paid by the first one alone."""
+    curves = {}
+    for site in sites:
+        paid = (presence or {}).get(site.name, 0.2)
+        counts = np.arange(site.units + 1)
+        curves[site.name] = (1 - paid) * counts / site.units + paid * (counts > 0)
+    return CostTable("ms", 1.0, curves)
+
+
+@cache
+def easy_model(name: str, alive: float = 0.25) -> Model:
+    """A zoo model of which only the first units of every site matter: the others are read through zeros."""
+    known = anatomy(name)
+    constants: dict[tuple[int, int], np.ndarray] = {}
+    for site in known.sites:
+        for consumer in site.consumers:
+            leaf = consumer.leaf
+            weight = known.view.value(leaf.tensor)
+            assert weight is not None
+            dead = np.flatnonzero(leaf.labels >= max(1, round(alive * site.units)))
+            changed = np.moveaxis(np.array(weight), leaf.axis, 0)
+            changed[dead] = 0
+            constants[leaf.node.index, leaf.slot] = np.ascontiguousarray(np.moveaxis(changed, 0, leaf.axis))
+    return replace_constants(known.model, constants, "")
