@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import atomic_file
 
@@ -142,11 +143,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 def _read_changes(path: Path) -> dict[tuple[str, int], np.ndarray]:
     if not path.is_file():
         raise InputError(f"the plan needs its compensated weights: {path} is missing; copy it next to the plan")
-    with np.load(path, allow_pickle=False) as archive:
-        changes = {}
-        for key in archive.files:
-            node, slot = key.rsplit(":", 1)
-            changes[node, int(slot)] = archive[key]
+    changes = {}
+    for key, array in read_npz(path).items():
+        node, slot = key.rsplit(":", 1)
+        changes[node, int(slot)] = array
     return changes
 
 
