@@ -111,8 +111,11 @@ def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarra
     canonical, profile = canonicalise(given, samples)
     anatomy = study(canonical, profile)
     kinds = {item.kind for item in widths}
-    sites = _scope([site for site in anatomy.sites if site.kind in kinds], settings)
+    found = [site for site in anatomy.sites if site.kind in kinds]
+    sites = _scope(found, settings)
     refusals = tuple(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds))
+    if found and not sites:
+        raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
     return Study(given, anatomy, tuple(sites), tuple(rewrites), refusals)
