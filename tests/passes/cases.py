@@ -76,4 +76,4 @@ def easy_model(name: str, alive: float = 0.25) -> Model:
             changed = np.moveaxis(np.array(weight), leaf.axis, 0)
             changed[dead] = 0
             constants[leaf.node.index, leaf.slot] = np.ascontiguousarray(np.moveaxis(changed, 0, leaf.axis))
-    return replace_constants(known.model, constants, "")
+    return replace_constants(known.model, constants, "~easy")

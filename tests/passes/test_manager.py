@@ -1,0 +1,373 @@
+"""From a model, data and a target to a plan: scope, rows, targets, and the two searches that measure."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxprune.api import settings
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.errors import InputError, NothingPrunable, TargetError
+from onnxprune.graph.model import Model, load
+from onnxprune.passes import manager
+from onnxprune.passes.apply import execute
+from onnxprune.passes.manager import Decision, Settings, Study, decide, request_feeds, split, summary, understand
+from onnxprune.passes.rounds import Student
+from onnxprune.runtime.measure import Timings
+from onnxprune.search.costs import CostTable
+from onnxprune.verify import compare
+from tests import zoo
+from tests.calibration.models import image_model
+from tests.graph.net import FFN, WIDTH, Net
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, calibration, easy_model, linear_table
+
+
+def study_of(name: str = BERT, **options: Any) -> Study:
+    return understand(load(zoo.path(name)), settings(**options))
+
+
+def names(study: Study) -> list[str]:
+    return [site.name for site in study.sites]
+
+
+def only_ffn() -> Model:
+    net = Net()
+    hidden = net("Relu", net.linear("x", WIDTH, FFN))
+    return load(net.done(net.add("x", net.linear(hidden, FFN, WIDTH))))
+
+
+# --- scope -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_passes_choose_kinds_of_sites() -> None:
+    assert {site.kind for site in study_of().sites} == {"heads", "ffn"}
+    assert {site.kind for site in study_of(passes=["ffn"]).sites} == {"ffn"}
+    assert len(study_of(passes="heads").sites) == zoo.LAYERS
+
+
+@pytest.mark.parametrize("option", ["keep", "exclude"])
+def test_patterns_protect_the_sites_they_match(option: str) -> None:
+    everything = names(study_of())
+    found = names(study_of(**{option: [r"layer\.0\.", "2.heads$"]}))
+    assert found == [name for name in everything if not name.startswith("layer.0.") and name != "layer.2.heads"]
+
+
+def test_keep_and_exclude_add_up() -> None:
+    assert names(study_of(keep=["heads"], exclude=["layer.1"])) == ["layer.0.ffn", "layer.2.ffn"]
+
+
+@pytest.mark.parametrize("option", ["keep", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(option: str) -> None:
+    with pytest.raises(InputError, match=rf"--{option} 'layer.9' matches no site; sites are named like layer\.0\."):
+        study_of(**{option: ["layer.9"]})
+
+
+def test_a_pattern_that_is_no_expression_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"--keep 'layer\.\(' is not a regular expression"):
+        study_of(keep=["layer.("])
+
+
+def test_protecting_every_site_leaves_nothing_and_says_so() -> None:
+    with pytest.raises(NothingPrunable, match="--keep and --exclude protect all 6 sites"):
+        study_of(keep=["."])
+
+
+def test_an_unknown_pass_is_refused_before_the_graph_is_read() -> None:
+    with pytest.raises(InputError, match="did you mean 'heads'"):
+        study_of(passes=["head"])
+
+
+def test_a_graph_without_transformer_blocks_has_nothing_to_prune() -> None:
+    with pytest.raises(NothingPrunable, match=r"nothing to prune for ffn, heads: the graph has 3 nodes \(2 ReduceSum, 1 Mul\)"):
+        understand(image_model(), settings())
+
+
+def test_sites_of_another_pass_are_pointed_out() -> None:
+    with pytest.raises(NothingPrunable, match="it does have ffn sites: add them to --passes"):
+        understand(only_ffn(), settings(passes=["heads"]))
+
+
+def test_the_residual_sum_is_written_for_the_cpu_only() -> None:
+    assert study_of().rewrites == ("residual-sum",)
+    assert study_of(provider="cuda").rewrites == ()
+    assert study_of(provider="cuda", passes=["ffn", "residual-sum"]).rewrites == ("residual-sum",)
+
+
+def test_rewrites_alone_need_no_sites() -> None:
+    assert study_of(passes=["residual-sum"]).sites == ()
+
+
+# --- rows --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "calibration_rows"), [(32, 1024, 24), (32, 8, 8), (40, 30, 30), (8, 1024, 6), (2048, 1024, 1024)]
+)
+def test_a_quarter_at_least_judges_and_no_row_does_both(rows: int, samples: int, calibration_rows: int) -> None:
+    data = CalibrationData({"x": np.arange(rows)[:, None]}, None, "numbers")
+    decides, judges = split(data, settings(samples=samples))
+    assert len(decides) == calibration_rows
+    assert rows / 4 <= len(judges) <= 1024
+    assert not np.isin(decides.inputs["x"], judges.inputs["x"]).any()
+
+
+def test_the_seed_deals_the_rows() -> None:
+    data = CalibrationData({"x": np.arange(64)[:, None]}, None, "numbers")
+    first, again, other = (split(data, settings(seed=seed))[0].inputs["x"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_one_row_is_too_few_to_decide_and_judge() -> None:
+    with pytest.raises(InputError, match="both parts need at least one row"):
+        split(CalibrationData({"x": np.zeros((1, 2))}, None, "numbers"), settings())
+
+
+def test_a_request_is_the_first_row_or_has_the_shape_asked_for() -> None:
+    data = calibration(BERT)
+    request = request_feeds(data, {})
+    for name, array in data.inputs.items():
+        np.testing.assert_array_equal(request[name], array[:1])
+        assert request[name].flags.c_contiguous
+    shaped = request_feeds(data, {"input_ids": (2, 30), "attention_mask": (2, 5)})
+    ids, mask = data.inputs["input_ids"][0], data.inputs["attention_mask"][0]
+    np.testing.assert_array_equal(shaped["input_ids"], np.tile(np.concatenate([ids, ids, ids[:6]]), (2, 1)))
+    np.testing.assert_array_equal(shaped["attention_mask"], np.tile(mask[:5], (2, 1)))
+    assert shaped["token_type_ids"].shape == (1, 12)
+
+
+def test_a_model_of_fixed_batch_gets_requests_of_that_batch() -> None:
+    inputs = {"x": np.arange(6.0).reshape(3, 2)}
+    np.testing.assert_array_equal(request_feeds(CalibrationData(inputs, None, "numbers", fixed_rows=2), {})["x"], inputs["x"][:2])
+    assert request_feeds(CalibrationData(inputs, None, "numbers", fixed_rows=4), {})["x"].shape == (4, 2)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    data = calibration(BERT)
+    with pytest.raises(InputError, match="--input-shape names 'ids'; the inputs are input_ids, attention_mask, token_type_ids"):
+        request_feeds(data, {"ids": (1, 4)})
+    with pytest.raises(InputError, match="--input-shape input_ids has 3 dimensions; the input has 2"):
+        request_feeds(data, {"input_ids": (1, 4, 4)})
+
+
+# --- targets -----------------------------------------------------------------------------------------------------------------------
+
+
+def search(model: Model, data: CalibrationData, chosen: Settings) -> Decision:
+    return decide(understand(model, chosen), data, chosen)
+
+
+def clockwork(monkeypatch: pytest.MonkeyPatch, given: float = 7.0) -> None:
+    """A machine of which the table is known: the file as given takes 7 ms, of which all but 1 are the six sites."""
+
+    def measured(anatomy: Any, sites: Any, *args: Any, **options: Any) -> tuple[CostTable, float]:
+        return linear_table(sites), given
+
+    def as_predicted(self: Any, student: Student, given: float) -> float:
+        return linear_table(self.bench.sites).predict(student.counts)
+
+    monkeypatch.setattr(manager, "measured_costs", measured)
+    monkeypatch.setattr(manager._Search, "_measure", as_predicted)
+
+
+@pytest.mark.parametrize("name", [BERT, LLAMA, VIT])
+@pytest.mark.parametrize("target", [{"target_macs": "55%"}, {"target_params": "70%"}, {"target_size": "70%"}])
+def test_counted_targets_are_kept(name: str, target: dict[str, str]) -> None:
+    decision = search(load(zoo.path(name)), calibration(name), settings(**target, compensation="none", rounds=2))  # type: ignore[arg-type]
+    assert decision.goal is not None
+    assert 0.95 * decision.goal < decision.predicted <= decision.goal * (1 + 1e-9)
+    assert not decision.already_met
+    assert decision.measured == decision.predicted
+    assert set(decision.plan.predicted) == {decision.table.unit}
+
+
+@pytest.mark.parametrize(("option", "words"), [("target_macs", "multiply-adds"), ("target_params", "parameters"), ("target_size", "bytes")])
+def test_an_impossible_target_names_the_least_that_can_be_had(option: str, words: str) -> None:
+    def at(share: int) -> Decision:
+        chosen = settings(**{option: f"{share}%"}, compensation="none", importance="magnitude", rounds=1)  # type: ignore[arg-type]
+        return search(load(zoo.path(VIT)), calibration(VIT), chosen)
+
+    with pytest.raises(TargetError, match=rf"cannot be met: it asks for [\d.e+]+ {words}") as caught:
+        at(1)
+    least = re.search(r"\((\d+)% of the file as given\)\. Ask for more than (\d+)%", str(caught.value))
+    assert least
+    assert least[1] == least[2]
+    with pytest.raises(TargetError):
+        at(int(least[1]) - 1)
+    decision = at(int(least[1]) + 1)
+    assert decision.goal is not None
+    assert decision.predicted <= decision.goal
+
+
+def test_a_target_that_is_met_already_prunes_nothing() -> None:
+    decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_macs="100%"))
+    assert decision.already_met
+    assert decision.predicted == decision.finished_cost == decision.given_cost
+    assert set(decision.plan.removed.values()) == {0}
+    assert decision.plan.changes == {}
+    assert decision.trail == ()
+
+
+def test_a_file_that_finishing_alone_makes_fast_enough_is_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch, given=10.0)
+    decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="70%"))
+    assert decision.already_met
+    assert (decision.given_cost, decision.finished_cost, decision.goal) == (10.0, pytest.approx(7.0), 7.0)
+
+
+def test_an_impossible_latency_names_the_fastest_that_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    with pytest.raises(TargetError) as caught:
+        search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="10%"))
+    text = str(caught.value)
+    assert "target latency=10% cannot be met: it asks for 0.7 ms" in text
+    assert "with every ffn and heads unit removed the model still takes 1 ms (14% of the file as given)" in text
+    assert "Ask for more than 14%" in text
+
+
+def test_the_plan_says_what_was_asked_and_how_it_was_decided() -> None:
+    data = calibration(BERT)
+    decision = search(load(zoo.path(BERT)), data, settings(target_macs="60%", importance="energy", exclude=["layer.1.ffn"]))
+    plan = decision.plan
+    assert (plan.target, plan.passes, plan.rewrites) == ("macs=60%", ("heads", "ffn"), ("residual-sum",))
+    assert plan.recipe["importance"] == "energy"
+    assert plan.recipe["calibration_sha256"] == decision.calibration.sha256
+    assert plan.objective["output"] == "logits"
+    assert "layer.1.ffn" not in plan.kept
+    assert plan.units == {site.name: site.units for site in decision.study.sites}
+    assert summary(decision.study.sites, plan) == [
+        {"site": site.name, "kind": site.kind, "units": site.units, "kept": len(plan.kept[site.name])} for site in decision.study.sites
+    ]
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_seed_another() -> None:
+    def plan(seed: int) -> str:
+        return search(load(zoo.path(BERT)), calibration(BERT), settings(target_macs="60%", seed=seed, rounds=2)).plan.sha256
+
+    assert plan(0) == plan(0) != plan(1)
+
+
+def test_labels_can_be_the_loss() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 32)
+    chosen = settings(target_macs="60%", loss="labels", rounds=1, compensation="none")
+    with pytest.raises(InputError, match="--loss labels needs a 'labels' array"):
+        search(load(zoo.path(BERT)), calibration(BERT), chosen)
+    by_label = search(load(zoo.path(BERT)), calibration(BERT, labels=labels), chosen)
+    drawn = search(load(zoo.path(BERT)), calibration(BERT, labels=labels), settings(target_macs="60%", rounds=1, compensation="none"))
+    assert by_label.plan.kept != drawn.plan.kept
+
+
+# --- as fast as the loss allows ----------------------------------------------------------------------------------------------------
+
+
+def held_back_loss(decision: Decision) -> float:
+    shipped = execute(decision.study.anatomy, decision.plan)
+    return compare(decision.study.given, shipped, decision.held_back, decision.objective, settings().runtime).loss[1]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("limit", ["15%", "40%"])
+def test_auto_never_decides_on_a_model_that_loses_more_than_allowed(limit: str, labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    rng = np.random.default_rng(3)
+    data = calibration(BERT, 64, labels=rng.integers(0, 3, 64) if labelled else None)
+    share = float(limit[:-1]) / 100
+    decision = search(load(zoo.path(BERT)), data, settings(max_drop=limit))
+    assert held_back_loss(decision) <= share
+    assert decision.goal is None
+    steps = [entry["accuracy drop" if labelled else "1 - agreement"] for entry in decision.trail]
+    assert sum(loss > share for loss in steps) <= 2, "it stops at the first step that loses too much, and tries half of it"
+    assert decision.predicted < decision.finished_cost
+
+
+def test_auto_gives_up_when_the_first_step_loses_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    with pytest.raises(TargetError, match="no pruned model stays within --max-drop 0% on 8 held-back rows; allow a larger drop"):
+        search(load(zoo.path(GPT2)), calibration(GPT2), settings(max_drop="0%", compensation="none"))
+
+
+def test_auto_takes_out_all_that_nothing_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    decision = search(easy_model(BERT), calibration(BERT, 64), settings(max_drop="1%"))
+    assert held_back_loss(decision) <= 0.01
+    kept, units = decision.plan.kept, decision.plan.units
+    assert sum(map(len, kept.values())) <= 0.5 * sum(units.values())
+
+
+def test_auto_measures_what_it_decided_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    decision = search(easy_model(BERT), calibration(BERT), settings(max_drop="5%"))
+    table = linear_table(decision.study.sites)
+    assert decision.measured == pytest.approx(table.predict({site: len(units) for site, units in decision.plan.kept.items()}))
+
+
+# --- re-anchoring ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_latency_that_misses_is_decided_again_from_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    slower = 1.15
+
+    def measure(self: Any, student: Student, given: float) -> float:
+        return slower * linear_table(self.bench.sites).predict(student.counts)
+
+    monkeypatch.setattr(manager._Search, "_measure", measure)
+    decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="60%", rounds=2))
+    first, *more = decision.trail
+    assert decision.goal == pytest.approx(4.2)
+    assert first["measured"] / decision.goal == pytest.approx(slower, abs=0.03)
+    assert more
+    assert abs(decision.measured / decision.goal - 1) < abs(first["measured"] / decision.goal - 1)
+    assert decision.measured == pytest.approx(decision.goal, rel=0.03)
+    assert decision.table.predict({site: len(units) for site, units in decision.plan.kept.items()}) == pytest.approx(
+        decision.measured, rel=0.03
+    )
+
+
+def test_a_latency_that_fits_is_not_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+
+    def measure(self: Any, student: Student, given: float) -> float:
+        return 4.2
+
+    monkeypatch.setattr(manager._Search, "_measure", measure)
+    decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="60%", rounds=1))
+    assert [entry["step"] for entry in decision.trail] == ["anchor 0"]
+    assert decision.measured == 4.2
+
+
+def test_of_several_tries_the_nearest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    answers = iter([4.6, 4.3, 5.0])
+    measured: list[dict[str, int]] = []
+
+    def measure(self: Any, student: Student, given: float) -> float:
+        measured.append(student.counts)
+        return next(answers)
+
+    monkeypatch.setattr(manager._Search, "_measure", measure)
+    decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="60%", rounds=1, compensation="none"))
+    assert len(measured) == 3
+    assert decision.measured == 4.3
+    assert {site: len(units) for site, units in decision.plan.kept.items()} == measured[1]
+
+
+def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the ratio of both in one run counts, so a machine that has become slower since the table was made does no harm."""
+    searching = manager._Search(study_of(), calibration(BERT), settings(target_latency="60%"), None)
+
+    def timing(calls: Any, **options: Any) -> Any:
+        assert set(calls) == {"given", "pruned"}
+        for call in calls.values():
+            call()
+        return Timings({"given": np.array([2.0, 4, 6]), "pruned": np.array([1.0, 2, 3])}, "thread", None)
+
+    monkeypatch.setattr(manager, "time_sessions", timing)
+    assert searching._measure(manager.dense_student(searching.bench), 7.0) == 3.5
+
+
+def test_arrays_of_the_cases_have_mixed_lengths() -> None:
+    assert len(set(arrays(BERT)["attention_mask"].sum(axis=1))) > 4
