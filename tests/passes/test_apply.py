@@ -1,0 +1,177 @@
+"""Replaying a plan: the same bytes wherever and whenever, and only for the file it was made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import onnxprune
+from onnxprune.api import PruneResult
+from onnxprune.errors import InputError
+from onnxprune.graph.anatomy import study
+from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.model import load
+from onnxprune.passes.apply import execute, finish, install
+from onnxprune.runtime.session import RuntimeOptions
+from onnxprune.search.plan import Plan, load_plan
+from onnxprune.verify import masked_equals_sliced
+from tests import zoo
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, anatomy, arrays, calibration
+
+NAMES = [BERT, VIT, GPT2, LLAMA]
+REPLAY = """
+import sys, onnxprune
+model, plan, output = sys.argv[1:]
+onnxprune.apply(model, plan, output=output)
+"""
+
+
+@cache
+def pruned(name: str) -> PruneResult:
+    return onnxprune.prune(zoo.path(name), calib=arrays(name, 128), target_macs="60%", rounds=2, bench_seconds=0)
+
+
+def keeping(name: str, kept: dict[str, tuple[int, ...]]) -> Plan:
+    """A plan of one's own: these units, nothing compensated."""
+    units = {site.name: site.units for site in anatomy(name).sites}
+    everything = {site: tuple(range(count)) for site, count in units.items()}
+    return dataclasses.replace(pruned(name).plan, kept={**everything, **kept}, units=units, changes={})
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_gives_the_bytes_that_prune_gave(name: str, tmp_path: Path) -> None:
+    result = pruned(name)
+    assert result.model is not None
+    written = result.model.save(tmp_path / "pruned.onnx")
+    assert result.plan.changes, "the plan has compensated weights, so their way through the file is tested as well"
+    saved = load_plan(result.plan.save(tmp_path / "plan.json"))
+    replayed = execute(study(*canonicalise(load(zoo.path(name)))), saved).save(tmp_path / "replayed.onnx")
+    assert sha256(replayed) == sha256(written)
+
+
+@pytest.mark.parametrize("name", [BERT, LLAMA])
+def test_another_process_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    result = pruned(name)
+    assert result.model is not None
+    written = result.model.save(tmp_path / "pruned.onnx")
+    plan = result.plan.save(tmp_path / "plan.json")
+    output = tmp_path / "replayed.onnx"
+    subprocess.run([sys.executable, "-c", REPLAY, str(zoo.path(name)), str(plan), str(output)], check=True, env={"PYTHONHASHSEED": "7"})
+    assert sha256(output) == sha256(written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_result_is_a_valid_model_of_the_same_signature(name: str, tmp_path: Path) -> None:
+    result = pruned(name)
+    assert result.model is not None
+    path = result.model.save(tmp_path / "pruned.onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    sessions = [onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"]) for source in (zoo.path(name), path)]
+    for side in ("get_inputs", "get_outputs"):
+        before, after = ([(item.name, item.type, item.shape) for item in getattr(session, side)()] for session in sessions)
+        assert before == after
+    feeds = zoo.feeds(name, batch=2, seq=5)
+    given = {item.name: feeds[item.name] for item in sessions[1].get_inputs()}
+    assert np.isfinite(sessions[1].run(None, given)[0]).all()
+
+
+def test_the_file_says_where_it_comes_from() -> None:
+    result = pruned(BERT)
+    assert result.model is not None
+    entries = {entry.key: entry.value for entry in result.model.proto.metadata_props}
+    assert entries["onnxprune.version"] == onnxprune.__version__
+    assert entries["onnxprune.plan_sha256"] == result.plan.sha256
+    assert entries["onnxprune.input_sha256"] == sha256(zoo.path(BERT))
+    assert json.loads(entries["onnxprune.kept"]) == {site: len(units) for site, units in result.plan.kept.items()}
+    given = {entry.key: entry.value for entry in load(zoo.path(BERT)).proto.metadata_props}
+    assert given.items() <= entries.items()
+
+
+def test_pruning_again_replaces_the_stamp(tmp_path: Path) -> None:
+    first = pruned(BERT).model
+    assert first is not None
+    path = first.save(tmp_path / "once.onnx")
+    again = onnxprune.prune(path, calib=arrays(BERT), target_macs="80%", rounds=1, bench_seconds=0, compensation="none")
+    assert again.model is not None
+    keys = [entry.key for entry in again.model.proto.metadata_props if entry.key.startswith("onnxprune.")]
+    assert len(keys) == len(set(keys)) == 4
+    assert {entry.key: entry.value for entry in again.model.proto.metadata_props}["onnxprune.input_sha256"] == sha256(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_keep_nothing_can_be_shipped(name: str, tmp_path: Path) -> None:
+    kept: dict[str, tuple[int, ...]] = {"layer.0.heads": (), "layer.1.ffn": (), "layer.2.heads": (0,), "layer.2.ffn": (3, 7)}
+    plan = keeping(name, kept)
+    path = execute(anatomy(name), plan).save(tmp_path / "pruned.onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = zoo.feeds(name, batch=2, seq=5)
+    assert np.isfinite(session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0]).all()
+    decision = {site: np.array(units, np.int64) for site, units in plan.kept.items()}
+    fidelity = masked_equals_sliced(anatomy(name), decision, calibration(name, 8), RuntimeOptions(), "logits")
+    assert fidelity.passed, fidelity
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_at_all_can_be_kept(name: str) -> None:
+    model = execute(anatomy(name), keeping(name, {site.name: () for site in anatomy(name).sites}))
+    session = onnxruntime.InferenceSession(model.to_proto().SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = zoo.feeds(name, batch=2, seq=5)
+    assert np.isfinite(session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0]).all()
+
+
+def test_a_plan_for_other_units_is_refused() -> None:
+    plan = pruned(BERT).plan
+    with pytest.raises(InputError, match=r"the plan expects 5 units at layer\.0\.heads, the model has 4; it was made for another file"):
+        execute(anatomy(BERT), dataclasses.replace(plan, units={**plan.units, "layer.0.heads": 5}))
+    with pytest.raises(InputError, match=r"expects 4 units at layer\.9\.heads, the model has no such site"):
+        execute(anatomy(BERT), dataclasses.replace(plan, units={**plan.units, "layer.9.heads": 4}))
+
+
+@pytest.mark.parametrize("units", [(0, 0), (2, 1), (-1,), (0, 99)])
+def test_a_plan_with_impossible_units_is_refused(units: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"kept units of layer\.0\.heads must be ascending numbers from 0 to 3"):
+        execute(anatomy(BERT), keeping(BERT, {"layer.0.heads": units}))
+
+
+def test_compensated_nodes_that_are_not_there_are_refused() -> None:
+    with pytest.raises(InputError, match="the plan compensates node 'nowhere', which this model does not have"):
+        install(anatomy(BERT).model, {("nowhere", 1): np.zeros(3, np.float32)})
+
+
+def test_nothing_to_install_changes_nothing() -> None:
+    assert install(anatomy(BERT).model, {}) is anatomy(BERT).model
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    plan = pruned(BERT).plan.save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match=r"the plan was made for another file \(sha256 .*make a new plan for this model"):
+        onnxprune.apply(zoo.path("bert-eager-do18"), plan, output=tmp_path / "out.onnx")
+    assert [path.name for path in tmp_path.glob("*.onnx")] == []
+
+
+def test_finishing_runs_the_rewrites_and_keeps_what_is_computed() -> None:
+    finished = finish(anatomy(BERT).model, ["residual-sum"])
+    plain = finish(anatomy(BERT).model, [])
+    counts = [sum(node.op_type == "Sum" for node in model.proto.graph.node) for model in (finished, plain)]
+    assert counts[0] > counts[1]
+    feeds = zoo.feeds(BERT)
+    outputs = []
+    for model in (plain, finished):
+        session = onnxruntime.InferenceSession(model.to_proto().SerializeToString(), providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0])
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
