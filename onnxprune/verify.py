@@ -112,11 +112,12 @@ def compare(
         for name, values in _per_sample(batch, before, after, objective).items():
             columns.setdefault(name, []).append(values[batch.valid])
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(data), (_RESAMPLES, len(data))) if len(data) > 1 else np.zeros((1, 1), np.int64)
-    means = {name: _interval(values, picks) for name, values in rows.items()}
-    if "accuracy_before" in rows:
-        means["drop"] = _interval(rows["accuracy_before"] - rows["accuracy_after"], picks)
+    labelled = rows.pop("labelled", None)
+    if labelled is not None:
+        before, after = (rows.pop(name)[labelled] for name in ("accuracy_before", "accuracy_after"))
+        if labelled.any():
+            rows |= {"accuracy_before": before, "accuracy_after": after, "drop": before - after}
+    means = {name: _interval(values, seed) for name, values in rows.items()}
     return Comparison(len(data), objective.output, **means)
 
 
@@ -140,6 +141,8 @@ def _per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: 
         counted = weight * (labels != IGNORED_LABEL)
         result["accuracy_before"] = _mean(predicted == labels, counted)
         result["accuracy_after"] = _mean(now == labels, counted)
+        # A row of which no token has a label is neither right nor wrong.
+        result["labelled"] = counted.reshape(len(counted), -1).any(axis=1)
     return result
 
 
@@ -157,7 +160,7 @@ def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.asarray((values * weight).sum(axes) / np.maximum(weight.sum(axes), 1e-30)) if axes else values.astype(np.float64)
 
 
-def _interval(values: np.ndarray, picks: np.ndarray) -> Interval:
-    means = values[picks].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
+def _interval(values: np.ndarray, seed: int) -> Interval:
+    picks = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high))
