@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import Targets, choose_objective
@@ -15,7 +16,9 @@ from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model, load
-from onnxprune.passes.rounds import Recipe, Workbench
+from onnxprune.passes import manager
+from onnxprune.passes.rounds import Recipe, Student, Workbench
+from onnxprune.runtime.measure import time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import CostTable
 from tests import zoo
@@ -77,3 +80,26 @@ def easy_model(name: str, alive: float = 0.25) -> Model:
             changed[dead] = 0
             constants[leaf.node.index, leaf.slot] = np.ascontiguousarray(np.moveaxis(changed, 0, leaf.axis))
     return replace_constants(known.model, constants, "~easy")
+
+
+def clockwork(monkeypatch: pytest.MonkeyPatch, given: float = 7.0) -> None:
+    """A machine of which the table is known: six sites of 1 ms each and 1 ms for the rest; the file as given takes ``given`` ms."""
+
+    def measured(anatomy: Any, sites: Any, *args: Any, **options: Any) -> tuple[CostTable, float]:
+        return linear_table(sites), given
+
+    def as_predicted(self: Any, student: Student, given: float) -> float:
+        return linear_table(self.bench.sites).predict(student.counts)
+
+    monkeypatch.setattr(manager, "measured_costs", measured)
+    monkeypatch.setattr(manager._Search, "_measure", as_predicted)
+
+
+def brief_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time a few rounds: what a benchmark says does not matter here, only that it is made."""
+
+    def brief(runs: Any, **options: Any) -> Any:
+        return time_sessions(runs, **{**options, "rounds": 7, "min_seconds": 0.0005})
+
+    for module in ("onnxprune.passes.manager", "onnxprune.search.costs", "onnxprune.bench"):
+        monkeypatch.setattr(f"{module}.time_sessions", brief)

@@ -17,12 +17,11 @@ from onnxprune.passes.apply import execute
 from onnxprune.passes.manager import Decision, Settings, Study, decide, request_feeds, split, summary, understand
 from onnxprune.passes.rounds import Student
 from onnxprune.runtime.measure import Timings
-from onnxprune.search.costs import CostTable
 from onnxprune.verify import compare
 from tests import zoo
 from tests.calibration.models import image_model
 from tests.graph.net import FFN, WIDTH, Net
-from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, calibration, easy_model, linear_table
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, calibration, clockwork, easy_model, linear_table
 
 
 def study_of(name: str = BERT, **options: Any) -> Study:
@@ -158,19 +157,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 def search(model: Model, data: CalibrationData, chosen: Settings) -> Decision:
     return decide(understand(model, chosen), data, chosen)
-
-
-def clockwork(monkeypatch: pytest.MonkeyPatch, given: float = 7.0) -> None:
-    """A machine of which the table is known: the file as given takes 7 ms, of which all but 1 are the six sites."""
-
-    def measured(anatomy: Any, sites: Any, *args: Any, **options: Any) -> tuple[CostTable, float]:
-        return linear_table(sites), given
-
-    def as_predicted(self: Any, student: Student, given: float) -> float:
-        return linear_table(self.bench.sites).predict(student.counts)
-
-    monkeypatch.setattr(manager, "measured_costs", measured)
-    monkeypatch.setattr(manager._Search, "_measure", as_predicted)
 
 
 @pytest.mark.parametrize("name", [BERT, LLAMA, VIT])

@@ -1,0 +1,87 @@
+"""The documentation against the code: links, commands, options, codes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from onnxprune import errors
+from onnxprune.cli import main
+from onnxprune.passes.base import registry
+from tests.markdown import ROOT, broken_links, commands, fenced
+
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"))]
+PAGES += sorted((ROOT / "samples").rglob("*.md"))
+CODE = "\n".join(path.read_text() for path in sorted((ROOT / "onnxprune").rglob("*.py")))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {word for param in command.params if isinstance(param, click.Option) for word in param.opts if word.startswith("--")}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert broken_links(path) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_commands_parse(path: Path) -> None:
+    for program, *words in commands(path):
+        if program != "onnxprune" or not words or words[-1] in ("--help", "--version"):
+            continue
+        name, *rest = main._with_command(words)
+        context = main.commands[name].make_context(name, rest)
+        assert context.command.name == name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_python_compiles_and_json_parses(path: Path) -> None:
+    for block in fenced(path, "python"):
+        compile(block, path.name, "exec")
+    for block in fenced(path, "json"):
+        json.loads(block)
+
+
+def test_every_command_and_option_is_explained() -> None:
+    text = (DOCS / "cli.md").read_text()
+    missing = [name for name in main.commands if not re.search(rf"onnxprune {name}\b", text)]
+    options = sorted(set().union(*(options_of(command) for command in main.commands.values())))
+    assert missing + [option for option in options if option not in text] == []
+
+
+def test_no_option_is_explained_that_does_not_exist() -> None:
+    known = set().union(*(options_of(command) for command in main.commands.values())) | {"--help", "--version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (DOCS / "cli.md").read_text())) <= known
+
+
+def test_every_refusal_code_is_explained_and_no_other() -> None:
+    used = set(re.findall(r"\bOP\d{3}\b", CODE))
+    assert len(used) >= 8
+    assert set(re.findall(r"\bOP\d{3}\b", (DOCS / "errors.md").read_text())) == used
+
+
+def test_every_exit_code_is_explained() -> None:
+    text = (DOCS / "errors.md").read_text()
+    for kind in errors.OnnxPruneError.__subclasses__():
+        assert re.search(rf"\b{kind.exit_code}\b", text), kind
+        assert kind.__name__ in text
+
+
+def test_every_file_of_a_run_directory_is_explained() -> None:
+    text = (DOCS / "run-directory.md").read_text()
+    for name in ("run.json", "plan.json", "plan.weights.npz", "costs.json", "report.html"):
+        assert name in text, name
+
+
+@pytest.mark.parametrize("name", registry())
+def test_every_pass_has_a_page(name: str) -> None:
+    assert (DOCS / "passes" / f"{name}.md").read_text().startswith(f"# {name}\n")
