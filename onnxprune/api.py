@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import json
+import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,34 @@ import numpy as np
 
 from onnxprune.bench import Benchmark, benchmark
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.objective import LossSource, choose_objective
+from onnxprune.calibration.objective import LossSource, Purpose, check_labels_of, choose_objective
 from onnxprune.calibration.source import load_calibration
-from onnxprune.errors import GateError, InputError, Refusal
+from onnxprune.calibration.stream import stream
+from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.anatomy import study
-from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.macs import count_macs
-from onnxprune.graph.model import Model, atomic_file, load
-from onnxprune.graph.profile import shapes_of, synthetic_feeds
+from onnxprune.graph.model import Model, load
+from onnxprune.graph.profile import feeds_of_shapes, shapes_of
 from onnxprune.importance.registry import CRITERIA
+from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish
-from onnxprune.passes.manager import Decision, Settings, decide, request_feeds, summary, understand
+from onnxprune.passes.manager import HELD_BACK, MISS, Decision, Settings, decide, understand
 from onnxprune.passes.rounds import Progress, Recipe
-from onnxprune.runtime.environment import describe
+from onnxprune.record import leave, model_facts, new_record
+from onnxprune.request import examples, made_up, request_feeds
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import site_macs
 from onnxprune.search.plan import Plan, load_plan
 from onnxprune.search.target import Target, parse_target
-from onnxprune.verify import Comparison, Fidelity, compare, masked_equals_sliced
+from onnxprune.verify import TOLERANCE, Comparison, Fidelity, compare, masked_equals_sliced
+
+log = logging.getLogger(__name__)
 
 ModelSource = str | os.PathLike[str] | bytes | Model
 _FIDELITY_ROWS = 64
 PASSES = ("heads", "ffn")
+RANDOM = "random"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,8 @@ def settings(
     threads: int = 1,
     provider: str = "cpu",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    purpose: Purpose | None = None,
+    finishing: bool = True,
 ) -> Settings:
     """Check options and put them into one value.
 
@@ -106,6 +113,8 @@ def settings(
         recipe=Recipe(importance=importance, compensation=compensation, rounds=rounds, seed=seed),
         runtime=RuntimeOptions(provider=provider, threads=threads),
         input_shapes={name: tuple(shape) for name, shape in (input_shapes or {}).items()},
+        purpose=purpose,
+        finishing=finishing,
     )
 
 
@@ -178,28 +187,30 @@ def prune(
     started = time.time()
     chosen = settings(**options)
     given = load(model)
-    target_file = writable(output, model) if output is not None and not dry_run else None
-    if run_dir is not None:
-        _check_run_dir(Path(run_dir))
-    data = load_calibration(find_calibration(model, calib), given, seed=chosen.recipe.seed)
-    known = understand(given, chosen, {name: array[:2] for name, array in data.inputs.items()})
+    calib = find_calibration(model, calib)
+    inputs = input_files(given, calib)
+    target_file = model_output(output, inputs) if output is not None and not dry_run else None
+    folder = run_output(run_dir, inputs) if run_dir is not None else None
+    most = None if calib == RANDOM else chosen.samples + HELD_BACK
+    data = _judged(load_calibration(calib, given, samples=most, seed=chosen.recipe.seed), chosen)
+    known = understand(given, chosen, examples(data))
     decision = decide(known, data, chosen, progress)
-    record = _record(decision, chosen, started, command)
+    record = new_record(decision, chosen, started, command)
     if dry_run or (decision.already_met and not write_unpruned):
-        _leave(run_dir, decision, record)
+        leave(folder, decision, record)
         return PruneResult(decision.plan, None, record)
     tell = progress or (lambda what, done, total: None)
     tell("verification", 0, 1)
     result = execute(known.anatomy, decision.plan)
     fidelity, comparison = _prove(decision, result, chosen, record)
     tell("verification", 1, 1)
-    gate = _gate(comparison, chosen, record)
-    if gate and not keep_best:
+    failure = _missed(decision, chosen, record) or _gate(comparison, chosen, record)
+    if failure and not keep_best:
         record["wall_s"] = round(time.time() - started, 2)
-        _leave(run_dir, decision, record)
+        leave(folder, decision, record)
         advice = "--keep-best writes it all the same; a larger --max-drop allows it, a higher target prunes less"
-        raise GateError(f"{gate}; no model was written ({advice})", record)
-    written = result.save(target_file, external_data) if target_file is not None else None
+        raise failure(f"no model was written ({advice})")
+    written = _save(result, target_file, external_data, decision, chosen) if target_file is not None else None
     measured = None
     if bench_seconds > 0:
         tell("benchmark", 0, 1)
@@ -209,11 +220,11 @@ def prune(
         measured = benchmark(variants, decision.request, options=chosen.runtime, seed=chosen.recipe.seed, max_seconds=bench_seconds)
         record["benchmark"] = measured.as_dict()
         tell("benchmark", 1, 1)
-    record["output"] = _describe(load(written) if written else result, written)
+    record["output"] = model_facts(load(written) if written else result, written)
     record["wall_s"] = round(time.time() - started, 2)
-    _leave(run_dir, decision, record)
-    if gate:
-        raise GateError(f"{gate}; {written or 'the model'} was written because of --keep-best", record)
+    leave(folder, decision, record)
+    if failure:
+        raise failure(f"{written or 'the model'} was written because of --keep-best")
     return PruneResult(decision.plan, result, record, fidelity, comparison, measured, written)
 
 
@@ -235,7 +246,8 @@ def apply(
         InputError: the plan was made for another file.
     """
     given = load(model)
-    target = writable(output, model) if output is not None else None
+    files = input_files(given, plan=None if isinstance(plan, Plan) else plan)
+    target = model_output(output, files) if output is not None else None
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
     sha256 = given.source.sha256 if given.source else ""
     if sha256 != decided.input_sha256:
@@ -243,7 +255,7 @@ def apply(
             f"the plan was made for another file (sha256 {decided.input_sha256[:12]}..., this one is {sha256[:12]}...); "
             "make a new plan for this model"
         )
-    canonical, profile = canonicalise(given)
+    canonical, profile = canonicalise(given, feeds_of_shapes(given, decided.example))
     result = execute(study(canonical, profile), decided)
     open_session(result)
     if target is not None:
@@ -251,14 +263,19 @@ def apply(
     return result
 
 
-def inspect(model: ModelSource, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
-    """What can be pruned, what can not and why: sites with units, parameters, multiply-adds and their share of the model."""
+def inspect(model: ModelSource, *, calib: Any = None, input_shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+    """What can be pruned, what can not and why: sites with units, parameters, multiply-adds and their share of the model.
+
+    Args:
+        calib: real inputs, for a model that does not run on made-up ones.
+        input_shapes: the request that multiply-adds are counted for.
+    """
     given = load(model)
-    canonical, profile = canonicalise(given)
+    check_float(given)
+    data = load_calibration(calib, given, samples=64) if calib is not None else None
+    canonical, profile = canonicalise(given, examples(data) if data else None)
     anatomy = study(canonical, profile)
-    feeds = synthetic_feeds(canonical, (1, 64, 64, 64, 64, 64))
-    if input_shapes:
-        feeds.update({name: np.resize(feeds[name], tuple(shape)) for name, shape in input_shapes.items() if name in feeds})
+    feeds = request_feeds(canonical, data or made_up(canonical), {name: tuple(shape) for name, shape in (input_shapes or {}).items()})
     macs = count_macs(canonical, shapes_of(canonical, feeds))
     total = max(sum(macs.values()), 1)
     sites = [
@@ -275,7 +292,7 @@ def inspect(model: ModelSource, *, input_shapes: Mapping[str, Sequence[int]] | N
     ]
     return {
         "schema": "onnxprune.inspect/1",
-        "model": _describe(given, given.source.path if given.source else None),
+        "model": model_facts(given, given.source.path if given.source else None),
         "inputs": {name: list(array.shape) for name, array in feeds.items()},
         "macs": total,
         "sites": sites,
@@ -302,14 +319,15 @@ def verify(
     """
     before, after = load(original), load(model)
     data = load_calibration(find_calibration(original, calib), before, samples=samples, seed=seed)
-    canonical, profile = canonicalise(before, {name: array[:2] for name, array in data.inputs.items()})
+    canonical, profile = canonicalise(before, examples(data))
     objective = choose_objective(study(canonical, profile), output_name, data.labels)
+    check_labels_of(objective, data)
     if objective.output not in after.output_names:
         raise InputError(f"the second model has no output {objective.output!r}; it has {', '.join(after.output_names)}")
     result = compare(before, after, data, objective, RuntimeOptions(provider, threads), seed)
     limit = parse_share(max_drop, "--max-drop")
     name, loss = result.loss
-    if limit is not None and loss > limit:
+    if limit is not None and not loss <= limit:
         raise GateError(f"{name} is {100 * loss:.2f}%, more than the {100 * limit:g}% allowed", result.as_dict())
     return result
 
@@ -329,11 +347,8 @@ def bench(
     loaded = [load(model) for model in models]
     if not loaded:
         raise InputError("nothing to benchmark: give at least one model")
-    if calib is not None:
-        feeds = request_feeds(load_calibration(calib, loaded[0], seed=seed), shapes)
-    else:
-        made = synthetic_feeds(loaded[0], (1, 64, 64, 64, 64, 64))
-        feeds = request_feeds(CalibrationData(made, None, "made up"), shapes)
+    data = load_calibration(calib, loaded[0], seed=seed) if calib is not None else made_up(loaded[0])
+    feeds = request_feeds(loaded[0], data, shapes)
     names = [str(model) if isinstance(model, str | os.PathLike) else f"model {number}" for number, model in enumerate(models)]
     variants: dict[str, Any] = {}
     for name, source, model in zip(names, models, loaded, strict=True):
@@ -342,29 +357,6 @@ def bench(
 
 
 # --- one run -----------------------------------------------------------------------------------------------------------------------
-
-
-def writable(output: str | os.PathLike[str], model: ModelSource) -> Path:
-    """Check the output path before the work starts."""
-    target = Path(output)
-    if isinstance(model, str | os.PathLike) and target.exists() and target.resolve() == Path(model).resolve():
-        raise InputError(f"the output {target} is the input file; onnxprune never overwrites its input, choose another -o")
-    if target.is_dir():
-        raise InputError(f"the output {target} is a directory; name a file in it")
-    if not target.parent.is_dir():
-        raise InputError(f"the directory of the output does not exist: {target.parent}")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"the directory of the output is not writable: {target.parent}")
-    return target
-
-
-def _check_run_dir(folder: Path) -> None:
-    """Check the run directory before the work starts; it and its parents are made when there is something to put in."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise InputError(f"the run directory {folder} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"the run directory {folder} cannot be written: {existing} is not writable")
 
 
 def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
@@ -379,110 +371,63 @@ def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str
             "this is a defect of onnxprune: no model was written, please report it with onnxprune inspect --json",
             record,
         )
+    _same(decision, result, rows, chosen)
     comparison = compare(decision.study.given, result, decision.held_back, decision.objective, chosen.runtime, chosen.recipe.seed)
     record["verification"]["against_original"] = comparison.as_dict()
     return fidelity, comparison
 
 
-def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> str | None:
+def _same(decision: Decision, result: Model, rows: CalibrationData, chosen: Settings) -> None:
+    """The finished model computes what the search judged: finishing and replaying the plan changed nothing."""
+    judged = stream(decision.student.model, rows, [decision.objective.output], options=chosen.runtime)
+    finished = stream(result, rows, [decision.objective.output], options=chosen.runtime)
+    for (_, a), (_, b) in zip(judged, finished, strict=True):
+        x, y = a[decision.objective.output], b[decision.objective.output]
+        if not np.allclose(x, y, rtol=1e-3, atol=TOLERANCE * float(np.abs(x).max())):
+            raise GateError("the finished model differs from the one the search judged: a defect of onnxprune; no model was written")
+
+
+def _judged(data: CalibrationData, chosen: Settings) -> CalibrationData:
+    """Random inputs say nothing about accuracy, so nothing may hang on them."""
+    if data.origin == RANDOM and (chosen.max_drop is not None or chosen.target.auto):
+        raise InputError("--calib random cannot judge accuracy: give real data, or a target without --max-drop")
+    return data
+
+
+Failure = Callable[[str], GateError | TargetError]
+
+
+def _missed(decision: Decision, chosen: Settings, record: dict[str, Any]) -> Failure | None:
+    """The search ran and its best model is still slower than asked for."""
+    if decision.goal is None or decision.measured <= decision.goal * (1 + MISS):
+        return None
+    share = 100 * (decision.measured / decision.goal - 1)
+    found = f"target {chosen.target} was missed by {share:.1f}%: measured {decision.measured:.4g}, asked for {decision.goal:.4g}"
+    return lambda advice: TargetError(f"{found}; {advice}", record)
+
+
+def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> Failure | None:
     limit = chosen.max_drop if chosen.max_drop is not None else (0.01 if chosen.target.auto else None)
     if limit is None:
-        record["gates"] = []
         return None
     name, loss = comparison.loss
-    record["gates"] = [{"name": name, "limit": limit, "value": loss, "passed": loss <= limit}]
-    return (
-        None
-        if loss <= limit
-        else f"{name} is {100 * loss:.2f}% on {comparison.samples} held-back rows, more than the {100 * limit:g}% allowed"
-    )
+    passed = bool(loss <= limit)
+    record["gates"] = [{"name": name, "limit": limit, "value": loss, "passed": passed, "samples": comparison.samples}]
+    if comparison.samples < 1 / max(limit, 1e-9):
+        log.warning("%d held-back rows cannot tell a loss of %g%%; give more calibration rows", comparison.samples, 100 * limit)
+    if passed:
+        return None
+    found = f"{name} is {100 * loss:.2f}% on {comparison.samples} held-back rows, more than the {100 * limit:g}% allowed"
+    return lambda advice: GateError(f"{found}; {advice}", record)
 
 
-def _describe(model: Model, path: Path | None) -> dict[str, Any]:
-    source = model.source
-    size = None
-    if path is not None and path.is_file():
-        data = path.with_name(path.name + ".data")
-        size = path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
-    return {
-        "path": str(path) if path else None,
-        "sha256": source.sha256 if source and source.path == path else None,
-        "bytes": size,
-        "parameters": model.parameters,
-        "nodes": len(model.proto.graph.node),
-        "opset": model.opset(),
-        "ir_version": model.proto.ir_version,
-    }
-
-
-def _record(decision: Decision, chosen: Settings, started: float, command: Sequence[str]) -> dict[str, Any]:
-    """The beginning of run.json: everything known before the model is applied."""
-    from onnxprune import __version__
-
-    given = decision.study.given
-    unit = decision.table.unit
-    return {
-        "schema": "onnxprune.run/1",
-        "tool": {"name": "onnxprune", "version": __version__},
-        "command": list(command),
-        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
-        "wall_s": round(time.time() - started, 2),
-        "seed": chosen.recipe.seed,
-        "environment": describe(),
-        "input": _describe(given, given.source.path if given.source else None),
-        "calibration": {
-            "origin": decision.calibration.origin,
-            "rows": len(decision.calibration),
-            "held_back": len(decision.held_back),
-            "labels": decision.calibration.labels is not None,
-            "sha256": decision.calibration.sha256,
-        },
-        "objective": asdict(decision.objective),
-        "recipe": dict(decision.plan.recipe),
-        "passes": list(decision.plan.passes),
-        "rewrites": list(decision.plan.rewrites),
-        "target": {
-            "asked": str(chosen.target),
-            "unit": unit,
-            "goal": decision.goal,
-            "given": decision.given_cost,
-            "finished": decision.finished_cost,
-            "predicted": decision.predicted,
-            "measured": decision.measured,
-            "already_met": decision.already_met,
-        },
-        "sites": summary(decision.study.sites, decision.plan),
-        "compensation": [asdict(fit) for fit in decision.fits],
-        "search": list(decision.trail),
-        "refusals": [refusal.as_dict() for refusal in decision.study.refusals],
-        "plan_sha256": decision.plan.sha256,
-        "gates": [],
-    }
-
-
-def _leave(run_dir: str | os.PathLike[str] | None, decision: Decision, record: dict[str, Any]) -> None:
-    if run_dir is None:
-        return
-    folder = Path(run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        decision.plan.save(folder / "plan.json")
-        for name, content in (("run.json", record), ("costs.json", decision.table.as_dict())):
-            with atomic_file(folder / name) as temporary:
-                temporary.write_text(json.dumps(content, indent=1, default=plain) + "\n")
-        from onnxprune.report.html import write_report
-
-        write_report(folder)
-    except OSError as error:
-        raise InputError(f"cannot write the run directory {folder}: {error.strerror or error}") from error
-
-
-def plain(value: Any) -> Any:
-    """``default`` of :func:`json.dumps` for the values in records."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Refusal):
-        return value.as_dict()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} does not go into JSON")
+def _save(result: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
+    """Write the model, then open the file in onnxruntime as a user will, and compare."""
+    expected = run(open_session(result, chosen.runtime), decision.request)
+    written = result.save(target, external_data)
+    found = run(open_session(str(written), chosen.runtime), decision.request)
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape or not np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
+            written.unlink()
+            raise GateError(f"{written} does not compute what was verified: a defect of onnxprune; the file was removed")
+    return written

@@ -11,6 +11,7 @@ import numpy as np
 from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
 from onnxprune.calibration.objective import Objective
 from onnxprune.calibration.stream import stream
+from onnxprune.errors import GateError, InputError
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.instrument import mask_feeds, masked_model
 from onnxprune.graph.model import Model
@@ -109,6 +110,10 @@ def compare(
     second = stream(model, data, [objective.output], options=options)
     for (batch, a), (_, b) in zip(first, second, strict=True):
         before, after = a[objective.output].astype(np.float64), b[objective.output].astype(np.float64)
+        if before.shape != after.shape:
+            raise InputError(f"output {objective.output!r} has shape {list(after.shape)}, the original's has {list(before.shape)}")
+        if not np.isfinite(after).all() and np.isfinite(before).all():
+            raise GateError(f"output {objective.output!r} is not finite where the original's is")
         for name, values in _per_sample(batch, before, after, objective).items():
             columns.setdefault(name, []).append(values[batch.valid])
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -131,6 +136,8 @@ def _per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: 
         cosine = dot / np.maximum(norms[0] * norms[1], 1e-30)
         error = np.linalg.norm(after - before, axis=-1) / np.maximum(norms[0], 1e-30)
         return {"cosine": _mean(cosine, weight), "relative_error": _mean(error, weight)}
+    if objective.width is None and batch.token_mask is not None and batch.token_mask.shape == before.shape:
+        before, after = (np.where(batch.token_mask, values, -1e9) for values in (before, after))  # padding is no candidate
     log_p, log_q = (_log_softmax(values, objective) for values in (before, after))
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     predicted, now = before.argmax(-1), after.argmax(-1)

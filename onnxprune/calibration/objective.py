@@ -15,13 +15,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnxprune.calibration.checks import nearest
+from onnxprune.calibration.checks import check_labels, nearest
 from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
 from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.view import GraphView
 
 Link = Literal["softmax", "identity"]
+Purpose = Literal["classes", "vector"]
 LossSource = Literal["sampled", "labels"]
 
 TOKEN_DRAWS = 4
@@ -35,6 +36,7 @@ _FEATURES = re.compile(r"embed|hidden|pool|feature|sentence|vector|representatio
 class Objective:
     """``tensor`` (the graph output ``output``, or what enters its final Softmax) is compared through ``link``.
 
+    ``width`` is the number of classes or values, None if it varies (a score for every token position, as in question answering).
     ``token_level``: one prediction per token ([batch, tokens, classes]); ``first_token``: the output depends on the first token's row
     alone at the end of the network; ``why`` explains the choice to the user.
     """
@@ -42,14 +44,21 @@ class Objective:
     output: str
     tensor: str
     link: Link
-    width: int
+    width: int | None
     token_level: bool
     first_token: bool
     why: str
 
 
-def choose_objective(anatomy: Anatomy, output: str | None = None, labels: np.ndarray | None = None) -> Objective:
+def choose_objective(
+    anatomy: Anatomy, output: str | None = None, labels: np.ndarray | None = None, purpose: Purpose | None = None
+) -> Objective:
     """Pick the output to preserve and the loss for it.
+
+    Args:
+        output: name of a graph output; None chooses one.
+        labels: labels of the data, a hint at what the output means.
+        purpose: what the output means, where its name or the layer that makes it would mislead.
 
     Raises:
         InputError: there is no output of that name, or it is not a float tensor of rank 2 or more.
@@ -65,11 +74,18 @@ def choose_objective(anatomy: Anatomy, output: str | None = None, labels: np.nda
             f"output {name!r} has shape {list(shape)}; onnxprune needs a float output [batch, ..., values]; choose one with --output"
         )
     tensor = name
+    link: Link
     maker = view.producer[name]
     if maker.op in ("Softmax", "LogSoftmax"):
         tensor = maker.inputs[0]
-    link, reason = _link(view, name, shape, labels, maker.op in ("Softmax", "LogSoftmax"))
-    return Objective(name, tensor, link, shape[-1], len(shape) > 2, reads_first_token(anatomy, name), f"{why}; {reason}")
+    if purpose is not None:
+        link, reason = ("softmax", "classes as asked") if purpose == "classes" else ("identity", "a vector as asked")
+    else:
+        link, reason = _link(view, name, shape, labels, maker.op in ("Softmax", "LogSoftmax"))
+    others = [other for other in candidates if other != name]
+    if others:
+        reason += f"; not looked at: {', '.join(others)}"
+    return Objective(name, tensor, link, profile.dim(name, -1), len(shape) > 2, reads_first_token(anatomy, name), f"{why}; {reason}")
 
 
 def _default_output(outputs: Sequence[onnx.ValueInfoProto], view: GraphView) -> tuple[str, str]:
@@ -169,18 +185,27 @@ class Targets:
     def __init__(self, objective: Objective, batches: Sequence[Batch], source: LossSource, seed: int) -> None:
         self.objective, self.batches, self.source, self.seed = objective, batches, source, seed
         self._kept: list[np.ndarray] = []
+        self._widths: list[int] = []
         self._drawn_early = objective.link == "softmax" and objective.token_level
         self._sums = np.zeros(3)
 
     def add(self, output: np.ndarray) -> None:
         """The dense model's output [rows, ..., width] for the next batch."""
-        values = output.astype(np.float32)
+        number = len(self._kept)
+        values = self._scored(output.astype(np.float32), number)
+        self._widths.append(values.shape[-1])
         self._sums += (values.size, values.sum(dtype=np.float64), np.square(values, dtype=np.float64).sum())
         if self._drawn_early:
-            number = len(self._kept)
             self._kept.append(np.stack([_draw(values, [self.seed, draw, number]) for draw in range(TOKEN_DRAWS)]).astype(np.int32))
         else:
             self._kept.append(values)
+
+    def _scored(self, values: np.ndarray, number: int) -> np.ndarray:
+        """Scores of token positions: padding is no candidate."""
+        mask = self.batches[number].token_mask
+        if self.objective.link == "softmax" and self.objective.width is None and mask is not None and mask.shape == values.shape:
+            return np.where(mask, values, np.float32(-1e9)).astype(np.float32)
+        return values
 
     @property
     def spread(self) -> float:
@@ -203,7 +228,7 @@ class Targets:
             labels = dense[draw % TOKEN_DRAWS]
         else:
             labels = _draw(dense, [self.seed, draw, number])
-        target = np.zeros((*shape, self.objective.width), np.float32)
+        target = np.zeros((*shape, self._widths[number]), np.float32)
         np.put_along_axis(target, labels[..., None].astype(np.int64), 1, axis=-1)
         return {"onnxprune.target": target, "onnxprune.weight": weight}
 
@@ -220,8 +245,9 @@ class Targets:
 
 
 def _draw(scores: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """One label per row, from the softmax of ``scores`` (Gumbel maximum)."""
-    return np.asarray((scores + np.random.default_rng(seed).gumbel(size=scores.shape)).argmax(axis=-1))
+    """One label per row, from the softmax of ``scores`` (Gumbel maximum, in float32: a vocabulary of scores is large)."""
+    uniform = np.random.default_rng(seed).random(scores.shape, dtype=np.float32)
+    return np.asarray((scores - np.log(-np.log(np.clip(uniform, 1e-20, 1 - 1e-7)))).argmax(axis=-1))
 
 
 def check_loss(objective: Objective, data: CalibrationData, source: LossSource) -> None:
@@ -236,6 +262,18 @@ def check_loss(objective: Objective, data: CalibrationData, source: LossSource) 
         raise InputError(f"--loss labels needs a 'labels' array in {data.origin}; drop the option to prune without labels")
     if objective.link != "softmax":
         raise InputError(f"--loss labels needs class scores, but output {objective.output!r} is taken for a vector; drop the option")
-    from onnxprune.calibration.checks import check_labels
 
+
+def check_labels_of(objective: Objective, data: CalibrationData) -> None:
+    """Labels that come with the data must fit the output, whatever they are used for.
+
+    Raises:
+        InputError: a label is no class of the output, or the labels have another shape than its predictions.
+    """
+    if data.labels is None or objective.link != "softmax" or data.labels.dtype.kind != "i" or objective.width is None:
+        return
     check_labels(data.labels, objective.width)
+    wanted = 2 if objective.token_level else 1
+    if data.labels.ndim != wanted:
+        shape = "[rows, tokens]" if objective.token_level else "[rows]"
+        raise InputError(f"labels have shape {list(data.labels.shape)}, but output {objective.output!r} makes predictions {shape}")

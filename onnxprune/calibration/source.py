@@ -146,7 +146,7 @@ def _call_user_function(text: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # anything the user's file does wrong
+    except (Exception, SystemExit) as error:  # anything the user's file does wrong
         raise InputError(f"calibration script {path} failed: {type(error).__name__}: {error}") from error
     target = getattr(module, function, None)
     if not callable(target):
@@ -154,7 +154,7 @@ def _call_user_function(text: str) -> Any:
         raise InputError(f"{path} has no function {function!r}{nearest(function, names)}; it defines {', '.join(names) or 'none'}")
     try:
         return target()
-    except Exception as error:  # anything the user's function does wrong
+    except (Exception, SystemExit) as error:  # anything the user's function does wrong
         raise InputError(f"{text} failed: {type(error).__name__}: {error}") from error
 
 

@@ -27,12 +27,13 @@ from onnxprune.cli.options import Command, examples, file_option, json_option, m
 def plan(model: Path, out: Path | None, run_dir: Path | None, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
     """Decide what goes, write it to a file, and write no model."""
     from onnxprune.api import prune as run
-    from onnxprune.api import writable
     from onnxprune.cli.screen import Screen, command_line
+    from onnxprune.graph.model import load
+    from onnxprune.outputs import input_files, plan_output
     from onnxprune.report.tables import run_tables, written
 
     screen = Screen(as_json, verbose, quiet)
-    target = writable(out or model.with_suffix(".plan.json"), model)
+    target = plan_output(out or model.with_suffix(".plan.json"), input_files(load(model), options["calib"]))
     options["input_shapes"] = dict(options["input_shapes"])
     with screen.progress() as progress:
         result = run(model, dry_run=True, run_dir=run_dir, progress=progress, command=command_line(), **options)

@@ -122,13 +122,18 @@ class HeldRows:
         """Keep rows as for :meth:`NormalEquations.add`."""
         self._rows.append((x, error, weight))
 
-    def error(self, fit: Fit) -> float | None:
-        """Squared error after ``fit``, relative to no change; None if no row, or no error, was kept."""
+    def error(self, fit: Fit, importance: np.ndarray | None = None) -> float | None:
+        """Squared error after ``fit``, relative to no change; None if no row, or no error, was kept.
+
+        Args:
+            importance: weight [outputs] of each output's squared error; None weighs all alike.
+        """
         before = after = 0.0
         weights, bias = fit.weights.astype(np.float32), fit.bias.astype(np.float32)
         for x, error, weight in self._rows:
             rows = np.ones(len(x)) if weight is None else weight
             left = error - x @ weights - bias
-            before += float(rows @ np.einsum("ij,ij->i", error, error, dtype=np.float64))
-            after += float(rows @ np.einsum("ij,ij->i", left, left, dtype=np.float64))
+            columns = np.ones(error.shape[1]) if importance is None else np.broadcast_to(importance, error.shape[1])
+            before += float(rows @ np.square(error, dtype=np.float64) @ columns)
+            after += float(rows @ np.square(left, dtype=np.float64) @ columns)
         return after / before if before > 0 else None

@@ -189,15 +189,17 @@ def _consumers(view: GraphView, profile: Profile, group: Group) -> tuple[Consume
 
 
 def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]]) -> tuple[Site, ...]:
-    """Number the layers in graph order: an attention opens a layer unless the running one has none yet."""
+    """Number the layers by the attentions of the graph, the refused ones too, so that a name does not depend on what was refused."""
     ordered = sorted(found, key=lambda item: min(consumer.leaf.node.index for consumer in item[2]))
-    layer = -1
-    open_kinds: set[Kind] = set()
+    hearts = sorted(view.producer[context].index for node in view.nodes if (context := _attention_context(view, node)) is not None)
+    taken: set[tuple[int, Kind]] = set()
     sites = []
     for order, (kind, group, consumers) in enumerate(ordered):
-        if layer < 0 or kind in open_kinds:
-            layer, open_kinds = layer + 1, set()
-        open_kinds.add(kind)
+        place = min(consumer.leaf.node.index for consumer in consumers)
+        layer = max(sum(heart < place for heart in hearts) - 1, 0)
+        while (layer, kind) in taken:
+            layer += 1
+        taken.add((layer, kind))
         site = Site(f"layer.{layer}.{kind}", kind, group.units, group, consumers, order)
         for leaf in group.leaves:
             array = view.value(leaf.tensor)

@@ -44,11 +44,12 @@ _PLACEHOLDER = "onnxprune-weights"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from. ``sha256`` covers the file and, in order of name, its external data."""
+    """Where a model came from. ``sha256`` and ``bytes`` cover the file and, in order of name, its ``external`` data files."""
 
     path: Path | None
     sha256: str
     bytes: int
+    external: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,13 @@ def _from_bytes(raw: bytes, path: Path | None) -> Model:
     size = len(raw)
     del raw
     external = [tensor for tensor in _tensors(proto.graph) if external_data_helper.uses_external_data(tensor)]
-    for location in sorted({_place(tensor).location for tensor in external}):
-        file = _external_file(location, path)
+    files = tuple(_external_file(location, path) for location in sorted({_place(tensor).location for tensor in external}))
+    for file in files:
         with file.open("rb") as stream:
             digest = _extend(digest, stream)
         size += file.stat().st_size
     weights = _take_weights(proto, path)
-    return Model(proto, weights, Source(path, digest.hexdigest(), size))
+    return Model(proto, weights, Source(path, digest.hexdigest(), size, files))
 
 
 def _check_names(graph: onnx.GraphProto, label: str) -> None:

@@ -113,6 +113,15 @@ def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int 
     return feeds
 
 
+def feeds_of_shapes(model: Model, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray] | None:
+    """Made-up inputs of given shapes, None if a shape is missing: enough to profile a model that takes few sizes."""
+    rng = np.random.default_rng(seed)
+    types = {value.name: value.type.tensor_type.elem_type for value in model.proto.graph.input}
+    if not all(name in shapes for name in model.input_names):
+        return None
+    return {name: _fill_like(name, tuple(shapes[name]), helper.tensor_dtype_to_np_dtype(types[name]), rng) for name in model.input_names}
+
+
 def _fill_like(name: str, shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
     if dtype == np.bool_:
         return np.ones(shape, dtype)
@@ -166,6 +175,8 @@ def _open_probe(model: Model) -> tuple[Any, Watched]:
 def _run_samples(model: Model, session: Any, samples: Mapping[str, np.ndarray], watched: Watched) -> list[Run]:
     """Two runs on real rows that differ in the number of rows and, where the model runs so, in every symbolic size."""
     rows = min(len(samples[name]) for name in model.input_names)
+    if rows < 3 and any(_symbolic(value, 0) for value in model.proto.graph.input if value.name in model.input_names):
+        raise InputError(f"{rows} rows of real inputs are too few to see what depends on the batch; three are needed")
     first = {name: samples[name][: min(rows, 3)] for name in model.input_names}
     second = {name: samples[name][: min(rows, 2)] for name in model.input_names}
     runs = [_run(session, first, watched)]
@@ -173,6 +184,11 @@ def _run_samples(model: Model, session: Any, samples: Mapping[str, np.ndarray], 
         return [*runs, _run(session, _cut(model, second), watched)]
     except InputError:
         return [*runs, _run(session, second, watched)]
+
+
+def _symbolic(value: onnx.ValueInfoProto, axis: int) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return axis < len(dims) and dims[axis].WhichOneof("value") != "dim_value"
 
 
 def _cut(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

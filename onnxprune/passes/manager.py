@@ -16,16 +16,18 @@ from typing import Any, NoReturn
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.objective import LossSource, Objective, Targets, check_loss, choose_objective
+from onnxprune.calibration.objective import LossSource, Objective, Purpose, Targets, check_labels_of, check_loss, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.anatomy import Anatomy, Site, study
 from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
+from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import Kept, slice_model
 from onnxprune.passes.apply import finish, install
 from onnxprune.passes.base import RewritePass, WidthPass, select
 from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, score
+from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, in_turn, ratio, replicas, time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs
@@ -36,11 +38,17 @@ from onnxprune.verify import Comparison, compare
 log = logging.getLogger(__name__)
 
 MISS = 0.02
-"""A measured latency may miss its target by this share before the search is repeated with a re-anchored table."""
+"""A target counts as met up to this share over it: what one more step of a width, and the clock's noise, amount to."""
+
+_ANCHORED = 0.01
+"""A measured latency may miss its goal by this share before the search is repeated with a re-anchored table."""
+
+_CLOSE = 1.005
 
 _REPEATS = 2
 _BATCH_ROWS = 8
-_HELD_BACK = 1024
+_OUTPUT_BYTES = 64_000_000
+HELD_BACK = 1024
 _AUTO_STEP = 0.82
 _AUTO_FLOOR = 0.08
 _UNITS: dict[str, CostUnit] = {"latency": "ms", "macs": "macs", "params": "params", "size": "bytes"}
@@ -61,6 +69,8 @@ class Settings:
     recipe: Recipe = field(default_factory=Recipe)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    purpose: Purpose | None = None
+    finishing: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +101,7 @@ class Decision:
     predicted: float
     measured: float
     already_met: bool
+    student: Student
     fits: tuple[Any, ...]
     trail: tuple[dict[str, Any], ...]
 
@@ -106,7 +117,7 @@ def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarra
     passes = select(settings.passes)
     widths = [item for item in passes if isinstance(item, WidthPass)]
     rewrites = [item.name for item in passes if isinstance(item, RewritePass)]
-    if settings.runtime.provider == "cpu" and "residual-sum" not in rewrites:
+    if settings.finishing and settings.runtime.provider == "cpu" and "residual-sum" not in rewrites:
         rewrites.append("residual-sum")
     canonical, profile = canonicalise(given, samples)
     anatomy = study(canonical, profile)
@@ -156,32 +167,8 @@ def _scope(sites: list[Site], settings: Settings) -> list[Site]:
 def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:
     """Rows that decide and rows that judge: at most ``samples`` and 1,024; at least a quarter is held back."""
     rows = min(settings.samples, int(len(data) * 0.75))
-    held = min(len(data) - rows, _HELD_BACK)
+    held = min(len(data) - rows, HELD_BACK)
     return data.split(rows, held, settings.recipe.seed)
-
-
-def request_feeds(data: CalibrationData, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """One request: the first calibration row, or that row repeated, cut or padded to the shapes asked for.
-
-    Raises:
-        InputError: a shape names no input or has another rank.
-    """
-    rows = data.fixed_rows or 1
-    feeds = {name: np.ascontiguousarray(np.resize(array[:rows], (rows, *array.shape[1:]))) for name, array in data.inputs.items()}
-    for name, shape in shapes.items():
-        if name not in feeds:
-            raise InputError(f"--input-shape names {name!r}; the inputs are {', '.join(feeds)}")
-        if len(shape) != feeds[name].ndim:
-            raise InputError(f"--input-shape {name} has {len(shape)} dimensions; the input has {feeds[name].ndim}")
-        feeds[name] = _fit(feeds[name], shape)
-    return feeds
-
-
-def _fit(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Repeat along the batch, repeat or cut along the rest."""
-    for axis, size in enumerate(shape):
-        array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
-    return np.ascontiguousarray(array)
 
 
 def decide(study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None = None) -> Decision:
@@ -198,18 +185,23 @@ class _Search:
 
     def __init__(self, study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None) -> None:
         self.study, self.settings, self.progress = study_, settings, progress
-        self.objective = choose_objective(study_.anatomy, settings.output, data.labels)
+        self.objective = choose_objective(study_.anatomy, settings.output, data.labels, settings.purpose)
         check_loss(self.objective, data, settings.loss)
+        check_labels_of(self.objective, data)
         self.calibration, self.held_back = split(data, settings)
-        self.request = request_feeds(data, settings.input_shapes)
+        # What is chosen by looking at some rows must be reported on others.
+        middle = len(self.held_back) // 2 if settings.target.auto else 0
+        self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
+        self.request = request_feeds(study_.given, data, settings.input_shapes)
+        self.example = {name: array.shape for name, array in examples(data).items()}
         recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.provider, settings.recipe.align))
         self.bench = self._workbench(recipe)
         self.trail: list[dict[str, Any]] = []
 
     def _workbench(self, recipe: Recipe) -> Workbench:
         anatomy = self.study.anatomy
-        batches = list(self.calibration.batches(_BATCH_ROWS, trim=True))
         tensor = self.objective.tensor
+        batches = list(self.calibration.batches(self._batch_rows(), trim=True))
         session = open_session(with_outputs(anatomy.model, [tensor], keep=False), self.settings.runtime)
         targets = Targets(self.objective, batches, self.settings.loss, recipe.seed)
         for number, batch in enumerate(batches):
@@ -217,6 +209,12 @@ class _Search:
             if self.progress:
                 self.progress("dense outputs", number + 1, len(batches))
         return Workbench(anatomy, self.study.sites, self.objective, batches, targets, self.settings.runtime, recipe, self.progress)
+
+    def _batch_rows(self) -> int:
+        """Rows per run: fewer when a row's output is large, a score for every word of a vocabulary at every token."""
+        request = shapes_of(self.study.anatomy.model, self.request)
+        per_row = 4 * int(np.prod(request.get(self.objective.tensor, (1,))[1:], dtype=np.int64))
+        return int(np.clip(_OUTPUT_BYTES // max(per_row, 1), 1, _BATCH_ROWS))
 
     def build(self, kept: Kept) -> Model:
         """The graph that would be shipped, uncompensated."""
@@ -281,9 +279,11 @@ class _Search:
             measured = self._measure(student, given)
             self._note(f"anchor {attempt}", student, predicted, measured)
             miss = abs(measured / goal - 1)
-            if best is None or miss < best[0]:
-                best = (miss, student, predicted, measured)
-            if miss <= MISS / 2 or attempt == _REPEATS:
+            # Faster than asked for is no failure: a model over the goal ranks behind every one that is not.
+            rank = miss if measured <= goal * _CLOSE else miss + 1
+            if best is None or rank < best[0]:
+                best = (rank, student, predicted, measured)
+            if miss <= _ANCHORED or attempt == _REPEATS:
                 break
             table = table.scaled(measured / predicted)
             again = self._again(before, scores, table, goal)
@@ -308,6 +308,10 @@ class _Search:
         while share * _AUTO_STEP >= _AUTO_FLOOR:
             number += 1
             scores = score(self.bench, student, number)
+            while share * _AUTO_STEP >= _AUTO_FLOOR and self._unchanged(
+                student, scores, table, table.fixed + prunable * share * _AUTO_STEP
+            ):
+                share *= _AUTO_STEP  # the step is finer than the widths on offer
             tried = self._try(student, scores, table, prunable, share * _AUTO_STEP, limit)
             if tried is None:
                 half = self._try(student, scores, table, prunable, share * _AUTO_STEP**0.5, limit)
@@ -321,6 +325,10 @@ class _Search:
                 "allow a larger drop or give more calibration rows"
             )
         return passed, table.predict(passed.counts), self._measure(passed, given)
+
+    def _unchanged(self, student: Student, scores: Scores, table: CostTable, budget: float) -> bool:
+        kept = choose(self.bench, student, scores, table, budget)
+        return kept is not None and all(len(kept[site]) == len(units) for site, units in student.kept.items())
 
     def _try(self, student: Student, scores: Scores, table: CostTable, prunable: float, share: float, limit: float) -> Student | None:
         kept = choose(self.bench, student, scores, table, table.fixed + prunable * share)
@@ -336,7 +344,7 @@ class _Search:
 
     def judge(self, student: Student) -> Comparison:
         settings = self.settings
-        return compare(self.study.given, self.ship(student), self.held_back, self.objective, settings.runtime, settings.recipe.seed)
+        return compare(self.study.given, self.ship(student), self.judges, self.objective, settings.runtime, settings.recipe.seed)
 
     def _measure(self, student: Student, given: float) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
@@ -381,6 +389,7 @@ class _Search:
             recipe={**recipe_dict(self.bench.recipe), "loss": settings.loss, "calibration_sha256": self.calibration.sha256},
             objective={"output": self.objective.output, "link": self.objective.link, "why": self.objective.why},
             refusals=self.study.refusals,
+            example={name: tuple(shape) for name, shape in self.example.items()},
             changes=student.changes,
         )
         return Decision(
@@ -397,6 +406,7 @@ class _Search:
             predicted,
             measured,
             already_met,
+            student,
             student.fits,
             tuple(self.trail),
         )

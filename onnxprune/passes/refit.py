@@ -32,6 +32,8 @@ _NewConstants = dict[tuple[int, int], np.ndarray]
 RIDGE = 1e-2
 """Ridge relative to the mean diagonal of the Gram matrix; the value that held up in every published and measured setting we know."""
 
+_DEAD_GAIN = 1e-6
+
 _CHECK_EVERY = 16
 """One calibration row in this many does not enter the fit but judges it."""
 
@@ -141,12 +143,15 @@ def _accumulate(
     total = stage.branch.total
     fitted: NormalEquations | None = None
     held = HeldRows()
+    gain = np.asarray(stage.branch.gain, np.float64)
+    dead = np.abs(gain) <= _DEAD_GAIN * np.abs(gain).max(initial=1e-30)
+    inverse_gain = np.where(dead, 0.0, 1 / np.where(dead, 1.0, gain))  # nothing passes a dead scale, so nothing is asked of it
     seen = 0
     teacher = teacher_run.advance([total], [total])
     student = student_run.advance([stage.consumer.tensor, total], [stage.consumer.tensor])
     for batch, (target,), (x, current) in zip(batches, teacher, student, strict=True):
         x = x.reshape(-1, x.shape[-1])
-        error = ((target - current) / stage.branch.gain).astype(np.float32).reshape(len(x), -1)
+        error = ((target - current) * inverse_gain).astype(np.float32).reshape(len(x), -1)
         if fitted is None:
             fitted = NormalEquations(x.shape[1], error.shape[1])
         per_row = len(x) // len(batch)
@@ -172,7 +177,7 @@ def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRo
         fit = fitted.solve(RIDGE, intercept=enough) if method == "refit" else _scales(view, stage, fitted)
     except np.linalg.LinAlgError as error:
         return {}, SiteFit(name, False, 1.0, str(error))
-    held_error = held.error(fit)
+    held_error = held.error(fit, np.square(stage.branch.gain))
     judged = fit.fitted_error if held_error is None else held_error
     if not judged < 1.0:
         return {}, SiteFit(name, False, judged, "the fit would not lower the error on rows kept out of it")

@@ -97,7 +97,7 @@ def open_session(
             "for GPUs install 'onnxprune[gpu]', or use --provider cpu"
         )
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # what goes wrong is raised; a line on stderr besides would only be noise
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")

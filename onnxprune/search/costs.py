@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from onnxprune.graph.anatomy import Anatomy, Kind, Site
+from onnxprune.graph.canonical import with_fresh_shapes
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
@@ -26,6 +27,9 @@ CostUnit = Literal["ms", "macs", "params", "bytes"]
 
 GRANULARITY: Mapping[str, int] = {"cpu": 16, "cuda": 8, "tensorrt": 8}
 """Widths below a multiple of this cost as much as the multiple: float32 GEMM tiles of AVX-512 are 16 wide, tensor cores 8."""
+
+
+_STAMP_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,15 @@ def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds
         per_unit = {site.name: site_macs(site, macs) / site.units for site in sites}
     else:
         size = 4 if unit == "bytes" else 1
-        total = float(anatomy.model.parameters * size)
+        # A file is its weights and its graph; the finished one also holds inferred shapes and a stamp.
+        total = float(_file_bytes(anatomy.model) if unit == "bytes" else anatomy.model.parameters)
         per_unit = {site.name: site.parameters_per_unit * size for site in sites}
     curves = {site.name: per_unit[site.name] * np.arange(site.units + 1) for site in sites}
     return CostTable(unit, total - sum(float(curve[-1]) for curve in curves.values()), curves)
+
+
+def _file_bytes(model: Model) -> int:
+    return int(with_fresh_shapes(model).proto.ByteSize()) + model.weight_bytes + _STAMP_BYTES
 
 
 def site_macs(site: Site, macs: Mapping[str, int]) -> float:

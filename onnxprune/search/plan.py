@@ -24,8 +24,9 @@ Changes = Mapping[tuple[str, int], np.ndarray]
 class Plan:
     """A pruning decision.
 
-    ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow; ``changes`` the compensated
-    constants by (node name, input slot), stored beside the JSON file as ``<name>.npz`` and covered by a hash in it.
+    ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow;
+    ``example`` the shapes of inputs the model is known to run on; ``changes`` the compensated
+    constants by (node name, input slot), stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash in it.
     """
 
     version: str
@@ -39,6 +40,7 @@ class Plan:
     recipe: Mapping[str, Any]
     objective: Mapping[str, Any]
     refusals: tuple[Refusal, ...]
+    example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -60,6 +62,7 @@ class Plan:
         content = {name: value for name, value in asdict_shallow(self).items() if name != "changes"}
         content["refusals"] = [refusal.as_dict() for refusal in self.refusals]
         content["kept"] = {site: list(units) for site, units in self.kept.items()}
+        content["example"] = {name: list(shape) for name, shape in self.example.items()}
         return {"schema": SCHEMA, **content, "compensation_sha256": digest(self.changes)}
 
     @property
@@ -68,7 +71,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path`` (JSON) and, if there are compensated weights, ``<path without suffix>.npz`` beside it.
+        """Write ``path`` (JSON) and, if there are compensated weights, ``<path without suffix>.weights.npz`` beside it.
 
         Raises:
             InputError: the path cannot be written.
@@ -77,13 +80,18 @@ class Plan:
         try:
             if self.changes:
                 arrays = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
-                with atomic_file(target.with_suffix(".npz")) as temporary, temporary.open("wb") as stream:
+                with atomic_file(weights_beside(target)) as temporary, temporary.open("wb") as stream:
                     np.savez(stream, **arrays)  # type: ignore[arg-type]
             with atomic_file(target) as temporary:
                 temporary.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
         except OSError as error:
             raise InputError(f"cannot write the plan to {target}: {error.strerror or error}") from error
         return target
+
+
+def weights_beside(plan: Path) -> Path:
+    """Where the compensated weights of a plan file lie: ``plan.json`` has ``plan.weights.npz``."""
+    return plan.with_name(plan.stem + ".weights.npz")
 
 
 def asdict_shallow(plan: Plan) -> dict[str, Any]:
@@ -128,7 +136,8 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "rewrites": tuple(content["rewrites"]),
                 "kept": {site: tuple(int(unit) for unit in units) for site, units in content["kept"].items()},
                 "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
-                "changes": _read_changes(source.with_suffix(".npz")) if wanted else {},
+                "example": {name: tuple(int(size) for size in shape) for name, shape in content["example"].items()},
+                "changes": _read_changes(weights_beside(source)) if wanted else {},
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -41,7 +41,7 @@ def make(**changes: Any) -> Plan:
 def test_a_plan_is_read_as_it_was_written(changes: Any, tmp_path: Path) -> None:
     plan = make(changes=changes)
     assert plan.save(tmp_path / "plan.json") == tmp_path / "plan.json"
-    assert (tmp_path / "plan.npz").exists() == bool(changes)
+    assert (tmp_path / "plan.weights.npz").exists() == bool(changes)
     found = load_plan(tmp_path / "plan.json")
     assert found == plan
     assert found.sha256 == plan.sha256
@@ -55,7 +55,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         make().save(tmp_path / name / "plan.json")
-    for name in ("plan.json", "plan.npz"):
+    for name in ("plan.json", "plan.weights.npz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -170,8 +170,8 @@ def test_a_missing_field_is_refused(field: str, tmp_path: Path) -> None:
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     path = make().save(tmp_path / "plan.json")
-    (tmp_path / "plan.npz").unlink()
-    with pytest.raises(InputError, match=r"plan\.npz is missing; copy it next to the plan"):
+    (tmp_path / "plan.weights.npz").unlink()
+    with pytest.raises(InputError, match=r"plan\.weights\.npz is missing; copy it next to the plan"):
         load_plan(path)
 
 
@@ -179,22 +179,22 @@ def test_weights_of_another_run_are_refused(tmp_path: Path) -> None:
     path = make().save(tmp_path / "plan.json")
     other = {key: array + 1 for key, array in CHANGES.items()}
     make(changes=other).save(tmp_path / "other.json")
-    (tmp_path / "other.npz").replace(tmp_path / "plan.npz")
-    with pytest.raises(InputError, match=r"plan\.npz does not hold the weights that plan\.json was saved with"):
+    (tmp_path / "other.weights.npz").replace(tmp_path / "plan.weights.npz")
+    with pytest.raises(InputError, match=r"plan\.weights\.npz does not hold the weights that plan\.json was saved with"):
         load_plan(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut off"])
 def test_weights_that_cannot_be_read_are_refused(content: bytes, tmp_path: Path) -> None:
     path = make().save(tmp_path / "plan.json")
-    (tmp_path / "plan.npz").write_bytes(content)
-    with pytest.raises(InputError, match=r"plan\.npz"):
+    (tmp_path / "plan.weights.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"plan\.weights\.npz"):
         load_plan(path)
 
 
 def test_an_array_of_objects_is_not_unpickled(tmp_path: Path) -> None:
     path = make().save(tmp_path / "plan.json")
-    np.savez(tmp_path / "plan.npz", **{"node:1": np.array([{"a": 1}], object)})
+    np.savez(tmp_path / "plan.weights.npz", **{"node:1": np.array([{"a": 1}], object)})
     with pytest.raises(InputError, match="pickles can run code and are never loaded"):
         load_plan(path)
 
