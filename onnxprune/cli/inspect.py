@@ -19,7 +19,9 @@ from onnxprune.cli.options import Command, examples, json_option, model_argument
     ),
 )
 @model_argument
-@option("--why", heading="What to prune", metavar="NAME", help="Only sites and refusals whose name, node or code holds NAME, with every detail.")
+@option(
+    "--why", heading="What to prune", metavar="NAME", help="Only sites and refusals whose name, node or code holds NAME, with every detail."
+)
 @shape_option
 @json_option
 @noise_options

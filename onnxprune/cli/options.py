@@ -91,11 +91,29 @@ calib_option = option(
         "Default: MODEL with the ending .calib.npz."
     ),
 )
-output_name_option = option("--output", "output_name", heading="Data", metavar="NAME", help="Graph output to preserve, if there are several.")
-seed_option = option("--seed", heading="How to decide", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random draws.")
+output_name_option = option(
+    "--output", "output_name", heading="Data", metavar="NAME", help="Graph output to preserve, if there are several."
+)
+seed_option = option(
+    "--seed", heading="How to decide", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random draws."
+)
 runtime_options = stack(
-    option("--provider", heading="Where to run", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, tensorrt; must start, or it is an error."),
-    option("--threads", heading="Where to run", type=click.IntRange(min=0), default=1, show_default=True, help="Threads of onnxruntime; 0 lets it choose."),
+    option(
+        "--provider",
+        heading="Where to run",
+        default="cpu",
+        show_default=True,
+        metavar="NAME",
+        help="cpu, cuda, tensorrt; must start, or it is an error.",
+    ),
+    option(
+        "--threads",
+        heading="Where to run",
+        type=click.IntRange(min=0),
+        default=1,
+        show_default=True,
+        help="Threads of onnxruntime; 0 lets it choose.",
+    ),
 )
 shape_option = option(
     "--input-shape",
@@ -128,17 +146,59 @@ settings_options = stack(
     option("--target-macs", heading="What to reach", metavar="50%|300M", help="Multiply-adds of one request."),
     option("--target-params", heading="What to reach", metavar="50%|10M", help="Number of parameters."),
     option("--target-size", heading="What to reach", metavar="50%|40MB", help="Size of the file."),
-    option("--max-drop", heading="What to reach", metavar="1%", help="Largest loss of accuracy (or agreement) on held-back rows; more fails with exit code 4."),
-    option("--passes", heading="What to prune", default="heads,ffn", show_default=True, metavar="A,B", help="Passes to run; see onnxprune passes."),
-    option("--keep", heading="What to prune", multiple=True, metavar="REGEX", help="Sites to leave whole, repeatable; a pattern must match."),
+    option(
+        "--max-drop",
+        heading="What to reach",
+        metavar="1%",
+        help="Largest loss of accuracy (or agreement) on held-back rows; more fails with exit code 4.",
+    ),
+    option(
+        "--passes",
+        heading="What to prune",
+        default="heads,ffn",
+        show_default=True,
+        metavar="A,B",
+        help="Passes to run; see onnxprune passes.",
+    ),
+    option(
+        "--keep", heading="What to prune", multiple=True, metavar="REGEX", help="Sites to leave whole, repeatable; a pattern must match."
+    ),
     option("--exclude", heading="What to prune", multiple=True, metavar="REGEX", help="The same as --keep, as the word other tools use."),
     calib_option,
-    option("--samples", heading="Data", type=click.IntRange(min=1), default=1024, show_default=True, help="Most calibration rows to decide on; a fifth of all rows is held back."),
+    option(
+        "--samples",
+        heading="Data",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="Most calibration rows to decide on; a fifth of all rows is held back.",
+    ),
     output_name_option,
-    option("--loss", heading="How to decide", type=click.Choice(["sampled", "labels"]), default="sampled", show_default=True, help="Gradients of labels drawn from the model, or of 'labels' in the data."),
+    option(
+        "--loss",
+        heading="How to decide",
+        type=click.Choice(["sampled", "labels"]),
+        default="sampled",
+        show_default=True,
+        help="Gradients of labels drawn from the model, or of 'labels' in the data.",
+    ),
     option("--importance", heading="How to decide", default="fisher", show_default=True, metavar="NAME", help="How units are scored."),
-    option("--compensation", heading="How to decide", type=click.Choice(["refit", "scale", "none"]), default="refit", show_default=True, help="How the layers that stay make up for what goes."),
-    option("--rounds", heading="How to decide", type=click.IntRange(min=1), default=4, show_default=True, help="Score, cut, re-fit so many times on the way."),
+    option(
+        "--compensation",
+        heading="How to decide",
+        type=click.Choice(["refit", "scale", "none"]),
+        default="refit",
+        show_default=True,
+        help="How the layers that stay make up for what goes.",
+    ),
+    option(
+        "--rounds",
+        heading="How to decide",
+        type=click.IntRange(min=1),
+        default=4,
+        show_default=True,
+        help="Score, cut, re-fit so many times on the way.",
+    ),
     seed_option,
     runtime_options,
     shape_option,

@@ -33,7 +33,12 @@ from onnxprune.cli.options import (
 @model_argument
 @settings_options
 @file_option("-o", "--out", heading="What to write", help="Pruned model. Default: MODEL with the ending .pruned.onnx.")
-@file_option("--run-dir", heading="What to write", metavar="DIR", help="Folder for run.json, plan.json, costs.json and report.html. Default: OUT with the ending .run.")
+@file_option(
+    "--run-dir",
+    heading="What to write",
+    metavar="DIR",
+    help="Folder for run.json, plan.json, costs.json and report.html. Default: OUT with the ending .run.",
+)
 @external_data_option
 @option("--dry-run", heading="What to write", is_flag=True, help="Decide, write the run directory, but no model.")
 @option("--keep-best", heading="What to write", is_flag=True, help="Write the model even if --max-drop fails (the exit code stays 4).")
@@ -54,6 +59,8 @@ def prune(
     folder = run_dir or target.with_suffix(".run")
     options["input_shapes"] = dict(options["input_shapes"])
     with screen.showing_record(run_tables, folder), screen.progress() as progress:
-        result = run(model, output=target, run_dir=folder, progress=progress, command=command_line(), bench_seconds=0 if no_bench else 30, **options)
+        result = run(
+            model, output=target, run_dir=folder, progress=progress, command=command_line(), bench_seconds=0 if no_bench else 30, **options
+        )
     screen.show(*run_tables(result.record, folder))
     screen.result({**result.record, "run_dir": str(folder)})

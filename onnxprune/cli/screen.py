@@ -48,7 +48,7 @@ class Screen:
     def result(self, content: Any) -> None:
         """The result for programs, under ``--json``."""
         if self.as_json:
-            from onnxprune.api import plain
+            from onnxprune.record import plain
 
             sys.stdout.write(json.dumps(content, indent=1, default=plain) + "\n")
 
@@ -149,4 +149,3 @@ class _Bars:
             self.times[what] += 1
             self.bars.reset(task, total=total, description=f"{what} {self.times[what]}")
         self.bars.update(task, completed=done, total=total)
-

@@ -45,7 +45,8 @@ def latency_boxes(benchmark: Record) -> dict[str, Any]:
         return _WIDTH * (value - start) / span
 
     boxes = [
-        {"name": name, **{word: x(row[key]) for word, key in _QUANTILES.items()}, "median_label": milliseconds(row["0.5"])} for name, row in rows.items()
+        {"name": name, **{word: x(row[key]) for word, key in _QUANTILES.items()}, "median_label": milliseconds(row["0.5"])}
+        for name, row in rows.items()
     ]
     return {"boxes": boxes, "ticks": [{"x": x(value), "label": figures(value)} for value in _ticks(start, start + span)]}
 
@@ -57,7 +58,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """About five round values inside a range."""
     rough = (high - low) / 5
     power = 10.0 ** int(f"{rough:e}".partition("e")[2])
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
     first = int(low / step) + 1
     return [index * step for index in range(first, first + 20) if index * step < high]
 
@@ -99,7 +100,14 @@ def intervals(comparison: Record) -> dict[str, Any] | None:
         return _WIDTH * (value - start) / (end - start)
 
     rows = [
-        {"name": label, "value": x(i["value"]), "low": x(i["low"]), "high": x(i["high"]), "label": percent(i["value"]), "range": f"[{percent(i['low'])}, {percent(i['high'])}]"}
+        {
+            "name": label,
+            "value": x(i["value"]),
+            "low": x(i["low"]),
+            "high": x(i["high"]),
+            "label": percent(i["value"]),
+            "range": f"[{percent(i['low'])}, {percent(i['high'])}]",
+        }
         for label, i in found
     ]
     return {"rows": rows, "ticks": [{"x": x(value), "label": f"{100 * value:.4g}%"} for value in _ticks(start, end)]}

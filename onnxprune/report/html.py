@@ -32,6 +32,7 @@ def render(record: Mapping[str, Any]) -> str:
         verdict=story.verdict(record),
         headline=story.headline(record),
         speed=story.speed(record),
+        split=story.split(record),
         asked=story.asked(record),
         quality=story.quality(comparison),
         comparison=comparison,
@@ -87,5 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("onnxprune.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("onnxprune.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("template.html.j2")

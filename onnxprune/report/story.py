@@ -66,14 +66,23 @@ def verdict(record: Record) -> Verdict:
     if failed := failed_gates(record):
         gate = failed[0]
         state = "written because of --keep-best" if record.get("output") else "not written"
-        return Verdict("bad", "Gate failed", f"{gate['name']} is {percent(gate['value'], 2)}, more than {percent(gate['limit'], 2)}; the model was {state}.")
+        return Verdict(
+            "bad",
+            "Gate failed",
+            f"{gate['name']} is {percent(gate['value'], 2)}, more than {percent(gate['limit'], 2)}; the model was {state}.",
+        )
     if target["already_met"]:
         return Verdict("plain", "Already met", f"The file meets {target['asked']} without pruning.")
     if "verification" not in record:
         return Verdict("plain", "Plan only", f"Predicted {cost(target['predicted'], target['unit'])}; nothing was applied.")
     if target_missed(record):
-        return Verdict("warn", "Target missed", f"{cost(target['measured'], target['unit'])} instead of {cost(target['goal'], target['unit'])}.")
-    return Verdict("good", "Done", f"Target {asked(record)} met, all checks passed.")
+        return Verdict(
+            "warn", "Target missed", f"{cost(target['measured'], target['unit'])} instead of {cost(target['goal'], target['unit'])}."
+        )
+    limit = "; ".join(
+        f"{gate['name']} {percent(gate['value'], 2)}, at most {percent(gate['limit'], 2)} allowed" for gate in record.get("gates", ())
+    )
+    return Verdict("good", "Done", f"Target {asked(record)} met; {limit or 'no --max-drop was set'}.")
 
 
 def asked(record: Record) -> str:
@@ -94,24 +103,37 @@ def quality(comparison: Record | None) -> tuple[str, str, str]:
     rows = f"{comparison['samples']:,} held-back samples"
     if (drop := comparison.get("drop")) is not None:
         after, before = comparison["accuracy_after"]["value"], comparison["accuracy_before"]["value"]
-        return "accuracy", percent(after), f"was {percent(before)}: {points(-drop['value'])} [{points(-drop['high'])}, {points(-drop['low'])}], {rows}"
+        return (
+            "accuracy",
+            percent(after),
+            f"was {percent(before)}: {points(-drop['value'])} [{-100 * drop['high']:+.2f}, {-100 * drop['low']:+.2f}], {rows}",
+        )
     if (agreement := comparison.get("agreement")) is not None:
-        return "agreement", percent(agreement["value"]), f"same prediction [{percent(agreement['low'])}, {percent(agreement['high'])}], {rows}"
+        return (
+            "agreement",
+            percent(agreement["value"]),
+            f"same prediction [{percent(agreement['low'])}, {percent(agreement['high'])}], {rows}",
+        )
     cosine = comparison["cosine"]
     return "cosine", f"{cosine['value']:.4f}", f"to the original output [{cosine['low']:.4f}, {cosine['high']:.4f}], {rows}"
 
 
 def headline(record: Record) -> str:
-    """One sentence: how much faster, from what, at what loss."""
+    """How much faster, and at what quality; empty if nothing was applied."""
     gained = speed(record)
     comparison = record.get("verification", {}).get("against_original")
     what, value, _ = quality(comparison)
-    cost_words = f"{what} {value}" if comparison else ""
+    words = f"{what} {value}" if comparison else ""
     if gained is None:
-        return cost_words
+        return words
     variants = record["benchmark"]["variants"]
     change = f"{milliseconds(variants[GIVEN]['latency_ms'])} to {milliseconds(variants[PRUNED]['latency_ms'])}"
     if not gained.certain:
-        return f"no measurable change of latency ({change}); {cost_words}"
-    split = f"{times(gained.finishing)} from finishing the graph, {times(gained.pruning)} from pruning"
-    return f"{times(gained.total)} as fast as the file as given ({change}): {split}; {cost_words}"
+        return f"no measurable change of latency ({change}), {words}"
+    return f"{times(gained.total)} as fast ({change}), {words}"
+
+
+def split(record: Record) -> str:
+    """Where the speed-up comes from; empty without a benchmark."""
+    gained = speed(record)
+    return f"{times(gained.finishing)} from finishing the graph, {times(gained.pruning)} from pruning" if gained else ""

@@ -49,7 +49,7 @@ def _verdict(record: Record) -> Text:
     verdict = story.verdict(record)
     text = Text.assemble((verdict.title, _TONES[verdict.tone]), ("  " + verdict.detail, ""))
     if line := story.headline(record):
-        text.append("\n" + line)
+        text.append("\n" + "; ".join(filter(None, (line, story.split(record)))))
     return text
 
 
@@ -62,7 +62,10 @@ def _facts(record: Record) -> Table:
         ("model", f"{record['input']['path']}, opset {record['input']['opset']}, {count(record['input']['parameters'])} parameters"),
         ("data", f"{data['origin']}{found}: {data['rows']:,} rows decided, {data['held_back']:,} held back"),
         ("preserved", f"{record['objective']['output']} ({record['objective']['why']})"),
-        ("recipe", f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}; seed {record['seed']}"),
+        (
+            "recipe",
+            f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}; seed {record['seed']}",
+        ),
     ]
     return _pairs([*rows, ("took", seconds(record["wall_s"]))])
 
@@ -88,8 +91,10 @@ def benchmark_table(benchmark: Record) -> Table:
     """Variants side by side; the first is what the speed-ups refer to."""
     variants = benchmark["variants"]
     finished = variants.get(story.FINISHED)
-    columns = ["", "latency", "speed-up", "95% interval", *(["vs finished"] if finished else []), "file", "parameters", "MACs", "memory"]
+    columns = ["", "latency", "speed-up [95%]", *(["vs finished"] if finished else []), "file", "parameters", "MACs", "memory"]
     table = _table("Before and after" if finished else "Benchmark", *columns)
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for name, result in variants.items():
         gain = result["speedup"]
         style = "bold green" if gain["low"] > 1 else "bold red" if gain["high"] < 1 else ""
@@ -97,8 +102,7 @@ def benchmark_table(benchmark: Record) -> Table:
         table.add_row(
             Text(name),
             milliseconds(result["latency_ms"]),
-            Text(times(gain["median"]), style),
-            f"{gain['low']:.2f} to {gain['high']:.2f}",
+            Text.assemble((times(gain["median"]), style), f" [{gain['low']:.2f}, {gain['high']:.2f}]"),
             *versus,
             size(result["bytes"]),
             count(result["parameters"]),
@@ -210,7 +214,9 @@ def inspect_tables(found: Record) -> list[RenderableType]:
         table.add_row(Text(site["site"]), *figures_, _bar(min(site["macs_share"], 1.0)))
     total = sum(site["macs_share"] for site in found["sites"])
     table.add_section()
-    table.add_row("all", "", count(sum(s["parameters"] for s in found["sites"])), count(sum(s["macs"] for s in found["sites"])), percent(total))
+    table.add_row(
+        "all", "", count(sum(s["parameters"] for s in found["sites"])), count(sum(s["macs"] for s in found["sites"])), percent(total)
+    )
     parts: list[RenderableType] = [head, table if found["sites"] else Text("Nothing in this graph can be pruned.", "bold yellow")]
     if found["refusals"]:
         parts.append(refusals_table(found["refusals"]))
@@ -226,7 +232,10 @@ def why_tables(found: Record, name: str) -> list[RenderableType]:
         if wanted in f"{site['site']} {site['reads']}".lower()
     ]
     parts += [
-        Group(Text(f"{refusal['code']} {refusal['site']}", "bold yellow"), _pairs([("why", refusal["reason"]), ("what to do", refusal["hint"])]))
+        Group(
+            Text(f"{refusal['code']} {refusal['site']}", "bold yellow"),
+            _pairs([("why", refusal["reason"]), ("what to do", refusal["hint"])]),
+        )
         for refusal in found["refusals"]
         if wanted in f"{refusal['code']} {refusal['site']}".lower()
     ]
@@ -244,12 +253,26 @@ def pass_table(passes: Sequence[Pass]) -> Table:
 
 
 def pass_details(item: Pass) -> Group:
-    return Group(Text(item.name, "bold"), Text(item.summary), Text(), Text(item.detail), Text(), Text(f"needs: {', '.join(item.needs) or 'nothing'}", "dim"))
+    return Group(
+        Text(item.name, "bold"),
+        Text(item.summary),
+        Text(),
+        Text(item.detail),
+        Text(),
+        Text(f"needs: {', '.join(item.needs) or 'nothing'}", "dim"),
+    )
 
 
 def doctor_table(facts: Record, providers: Mapping[str, str]) -> Group:
     rows = [(name, f"{version}") for name, version in facts["distributions"].items()]
     machine = [("system", facts["os"]), ("processor", f"{facts['cpu']}, {facts['cores']} cores"), ("memory", size(facts["memory_bytes"]))]
-    lines = [Text.assemble((" ok   " if state == "ok" else " fail ", "green" if state == "ok" else "yellow"), name, ("" if state == "ok" else f"  {state}", "dim")) for name, state in providers.items()]
+    lines = [
+        Text.assemble(
+            (" ok   " if state == "ok" else " fail ", "green" if state == "ok" else "yellow"),
+            name,
+            ("" if state == "ok" else f"  {state}", "dim"),
+        )
+        for name, state in providers.items()
+    ]
     title = [Text("\nExecution providers", "bold")] if providers else []
     return Group(_pairs([("python", facts["python"]), *machine, *rows]), *title, *lines)
