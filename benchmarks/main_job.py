@@ -19,7 +19,7 @@ import numpy as np
 
 import onnxprune
 from benchmarks.tasks import NAMES, Task, hits, task
-from onnxprune.bench import benchmark
+from onnxprune.benchmark import benchmark
 from onnxprune.calibration.source import load_calibration
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise

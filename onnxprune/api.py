@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.bench import Benchmark, benchmark
+from onnxprune.benchmark import Benchmark, benchmark
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import LossSource, Purpose, check_labels_of, choose_objective
 from onnxprune.calibration.source import load_calibration
@@ -34,7 +34,7 @@ from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import site_macs
 from onnxprune.search.plan import Plan, load_plan
 from onnxprune.search.target import Target, parse_target
-from onnxprune.verify import TOLERANCE, Comparison, Fidelity, compare, masked_equals_sliced
+from onnxprune.verification import TOLERANCE, Comparison, Fidelity, compare, masked_equals_sliced
 
 log = logging.getLogger(__name__)
 

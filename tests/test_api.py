@@ -20,7 +20,7 @@ from onnxprune.api import PruneResult, parse_share, settings
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.model import Model, load
-from onnxprune.verify import Fidelity
+from onnxprune.verification import Fidelity
 from tests import zoo
 from tests.passes.cases import BERT, GPT2, VIT, anatomy, arrays, brief_benchmarks, easy_model
 

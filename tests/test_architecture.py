@@ -10,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "onnxprune"
 FILES = sorted(PACKAGE.rglob("*.py"))
-_JUDGES = {"bench", "verify", "report"}
+_JUDGES = {"benchmark", "verification", "report"}
+_RUN = {"request", "outputs", "record"}
 _BASE = {"errors", "runtime", "graph", "calibration"}
 _DECIDE = _BASE | {"importance", "compensate", "search", "passes"}
 
@@ -22,13 +23,16 @@ ALLOWED: dict[str, set[str]] = {
     "importance": {"errors"},
     "compensate": {"errors"},
     "search": {"errors", "runtime", "graph", "calibration"},
-    "verify": _BASE,
-    "passes": _DECIDE | {"verify"},
-    "bench": _DECIDE,
+    "verification": _BASE,
+    "request": _BASE,
+    "passes": _DECIDE | {"verification", "request"},
+    "outputs": {"errors", "graph", "search"},
+    "benchmark": _DECIDE,
     "report": _DECIDE,
-    "api": _DECIDE | _JUDGES,
+    "record": _DECIDE | {"report"},
+    "api": _DECIDE | _JUDGES | _RUN,
     "export": {"errors", "graph", "runtime"},
-    "cli": _DECIDE | _JUDGES | {"api", "export"},
+    "cli": _DECIDE | _JUDGES | _RUN | {"api", "export"},
 }
 """Room -> rooms it may import besides itself; later rooms know earlier ones, never the other way round."""
 

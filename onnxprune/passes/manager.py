@@ -33,7 +33,7 @@ from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs
 from onnxprune.search.plan import Plan, recipe_dict
 from onnxprune.search.target import Target
-from onnxprune.verify import Comparison, compare
+from onnxprune.verification import Comparison, compare
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from onnxprune.graph.model import load
 from onnxprune.passes.apply import execute, finish, install
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.plan import Plan, load_plan
-from onnxprune.verify import masked_equals_sliced
+from onnxprune.verification import masked_equals_sliced
 from tests import zoo
 from tests.passes.cases import BERT, GPT2, LLAMA, VIT, anatomy, arrays, calibration
 

@@ -17,7 +17,7 @@ from onnxprune.passes.apply import execute
 from onnxprune.passes.manager import Decision, Settings, Study, decide, request_feeds, split, summary, understand
 from onnxprune.passes.rounds import Student
 from onnxprune.runtime.measure import Timings
-from onnxprune.verify import compare
+from onnxprune.verification import compare
 from tests import zoo
 from tests.calibration.models import image_model
 from tests.graph.net import FFN, WIDTH, Net

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from onnxprune import verify
+from onnxprune import verification
 from onnxprune.calibration.data import IGNORED_LABEL, CalibrationData
 from onnxprune.calibration.objective import Link, Objective
 from onnxprune.graph.model import Model, load
 from onnxprune.runtime.session import RuntimeOptions
-from onnxprune.verify import TOLERANCE, Comparison, Fidelity, Interval, compare, masked_equals_sliced
+from onnxprune.verification import TOLERANCE, Comparison, Fidelity, Interval, compare, masked_equals_sliced
 from tests import zoo
 from tests.calibration.models import build
 from tests.passes.cases import BERT, VIT, anatomy, calibration
@@ -237,12 +237,12 @@ def test_a_slice_is_its_mask(name: str) -> None:
 
 
 def test_a_slice_that_lost_another_unit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify.slice_model
+    real = verification.slice_model
 
     def wrong(anatomy: Any, kept: Any) -> Model:
         return real(anatomy, {**kept, "layer.1.ffn": kept["layer.1.ffn"] + 1})
 
-    monkeypatch.setattr(verify, "slice_model", wrong)
+    monkeypatch.setattr(verification, "slice_model", wrong)
     result = masked_equals_sliced(anatomy(BERT), half(BERT), calibration(BERT), OPTIONS, "logits")
     assert not result.passed
     assert result.relative > TOLERANCE
@@ -262,7 +262,7 @@ def test_a_slice_that_is_not_finite_fails(factor: float, monkeypatch: pytest.Mon
         return known.with_proto(proto)
 
     assert output.op_type in ("Gemm", "Add")
-    monkeypatch.setattr(verify, "slice_model", broken)
+    monkeypatch.setattr(verification, "slice_model", broken)
     result = masked_equals_sliced(anatomy(BERT), half(BERT), calibration(BERT), OPTIONS, "logits")
     assert not result.passed
     assert result.relative == np.inf

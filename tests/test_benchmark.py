@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from onnxprune import bench
-from onnxprune.bench import benchmark
+from onnxprune import benchmark as bench
+from onnxprune.benchmark import benchmark
 from onnxprune.errors import InputError, RuntimeUnavailable
 from onnxprune.graph.model import Model
 from onnxprune.runtime.measure import REPLICAS, Timings
