@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from onnxprune.cli.options import Command, examples, json_option, model_argument, noise_options, option, shape_option
+from onnxprune.cli.options import Command, calib_option, examples, json_option, model_argument, noise_options, option, shape_option
 
 
 @click.command(
@@ -22,16 +22,17 @@ from onnxprune.cli.options import Command, examples, json_option, model_argument
 @option(
     "--why", heading="What to prune", metavar="NAME", help="Only sites and refusals whose name, node or code holds NAME, with every detail."
 )
+@calib_option
 @shape_option
 @json_option
 @noise_options
-def inspect(model: Path, why: str | None, input_shapes: Any, as_json: bool, verbose: int, quiet: bool) -> None:
+def inspect(model: Path, why: str | None, calib: str | None, input_shapes: Any, as_json: bool, verbose: int, quiet: bool) -> None:
     """List what can be pruned in MODEL with its parameters and multiply-adds, and what cannot and why."""
     from onnxprune.api import inspect as run
     from onnxprune.cli.screen import Screen
     from onnxprune.report.tables import inspect_tables, why_tables
 
     screen = Screen(as_json, verbose, quiet)
-    found = run(model, input_shapes=dict(input_shapes))
+    found = run(model, calib=calib, input_shapes=dict(input_shapes))
     screen.print(*(inspect_tables(found) if why is None else why_tables(found, why)))
     screen.result(found)

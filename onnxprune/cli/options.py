@@ -36,7 +36,7 @@ class Command(click.Command):
                     formatter.write_dl(groups[heading])
 
 
-class InputShape(click.ParamType):
+class InputShape(click.ParamType):  # type: ignore[type-arg]
     """``name:1x128`` as (name, (1, 128))."""
 
     name = "name:1x128"
@@ -90,6 +90,12 @@ calib_option = option(
         ".npz with one array per input (axis 0 = samples, 'labels' optional), a folder of such files, or script.py:function. "
         "Default: MODEL with the ending .calib.npz."
     ),
+)
+purpose_option = option(
+    "--purpose",
+    heading="Data",
+    type=click.Choice(["classes", "vector"]),
+    help="What that output means, where its name misleads: class scores, or a vector to stay near.",
 )
 output_name_option = option(
     "--output", "output_name", heading="Data", metavar="NAME", help="Graph output to preserve, if there are several."
@@ -161,6 +167,14 @@ settings_options = stack(
         help="Passes to run; see onnxprune passes.",
     ),
     option(
+        "--no-finishing",
+        "finishing",
+        heading="What to prune",
+        flag_value=False,
+        default=True,
+        help="Leave out the rewrites that speed up the unpruned model as well.",
+    ),
+    option(
         "--keep", heading="What to prune", multiple=True, metavar="REGEX", help="Sites to leave whole, repeatable; a pattern must match."
     ),
     option("--exclude", heading="What to prune", multiple=True, metavar="REGEX", help="The same as --keep, as the word other tools use."),
@@ -174,6 +188,7 @@ settings_options = stack(
         help="Most calibration rows to decide on; a fifth of all rows is held back.",
     ),
     output_name_option,
+    purpose_option,
     option(
         "--loss",
         heading="How to decide",

@@ -13,19 +13,19 @@ _WIDTH = 560.0
 
 
 def latency_bars(benchmark: Record) -> list[dict[str, Any]]:
-    """One bar a variant. The whisker is the interval of the paired speed-up, as latency of that variant."""
+    """One bar a variant. The whisker is the relative interval of its paired speed-up, put around the end of the bar."""
     variants = benchmark["variants"]
-    reference = next(iter(variants.values()))["latency_ms"]
-    longest = max([variant["latency_ms"] for variant in variants.values()] + [reference / v["speedup"]["low"] for v in variants.values()])
-    bars = []
+    longest = max(variant["latency_ms"] * variant["speedup"]["median"] / variant["speedup"]["low"] for variant in variants.values())
+    bars: list[dict[str, Any]] = []
     for name, variant in variants.items():
         gain = variant["speedup"]
+        width = _WIDTH * variant["latency_ms"] / longest
         bars.append(
             {
                 "name": name,
-                "width": _WIDTH * variant["latency_ms"] / longest,
-                "low": _WIDTH * reference / gain["high"] / longest,
-                "high": _WIDTH * reference / gain["low"] / longest,
+                "width": width,
+                "low": width * gain["median"] / gain["high"],
+                "high": width * gain["median"] / gain["low"],
                 "label": milliseconds(variant["latency_ms"]),
                 "note": "reference" if not bars else f"{times(gain['median'])}  [{gain['low']:.2f}, {gain['high']:.2f}]",
             }
@@ -39,10 +39,11 @@ def latency_boxes(benchmark: Record) -> dict[str, Any]:
     values = [value for row in rows.values() for value in row.values()]
     low, high = min(values), max(values)
     margin = (high - low) * 0.05 or high * 0.05 or 1.0
-    start, span = max(low - margin, 0.0), high - low + 2 * margin
+    start = max(low - margin, 0.0)
+    span = high + margin - start
 
     def x(value: float) -> float:
-        return _WIDTH * (value - start) / span
+        return float(_WIDTH * (value - start) / span)
 
     boxes = [
         {"name": name, **{word: x(row[key]) for word, key in _QUANTILES.items()}, "median_label": milliseconds(row["0.5"])}
@@ -97,7 +98,7 @@ def intervals(comparison: Record) -> dict[str, Any] | None:
     start, end = max(low - margin, 0.0), min(high + margin, 1.0)
 
     def x(value: float) -> float:
-        return _WIDTH * (value - start) / (end - start)
+        return float(_WIDTH * (value - start) / (end - start))
 
     rows = [
         {

@@ -56,16 +56,14 @@ def _verdict(record: Record) -> Text:
 def _facts(record: Record) -> Table:
     """What was decided on what."""
     data, recipe = record["calibration"], record["recipe"]
+    rounds = f"{recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}"
     beside = Path(str(record["input"]["path"])).with_suffix(".calib.npz")
     found = " (found beside the model)" if "--calib" not in " ".join(record["command"]) and data["origin"] == str(beside) else ""
     rows = [
         ("model", f"{record['input']['path']}, opset {record['input']['opset']}, {count(record['input']['parameters'])} parameters"),
         ("data", f"{data['origin']}{found}: {data['rows']:,} rows decided, {data['held_back']:,} held back"),
         ("preserved", f"{record['objective']['output']} ({record['objective']['why']})"),
-        (
-            "recipe",
-            f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}; seed {record['seed']}",
-        ),
+        ("recipe", f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {rounds}; seed {record['seed']}"),
     ]
     return _pairs([*rows, ("took", seconds(record["wall_s"]))])
 
@@ -81,7 +79,15 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
     """A plain table; the first ``left`` columns hold words, the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="dim",
+    )
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < left else "right", overflow="fold")
     return table
@@ -91,7 +97,7 @@ def benchmark_table(benchmark: Record) -> Table:
     """Variants side by side; the first is what the speed-ups refer to."""
     variants = benchmark["variants"]
     finished = variants.get(story.FINISHED)
-    columns = ["", "latency", "speed-up [95%]", *(["vs finished"] if finished else []), "file", "parameters", "MACs", "memory"]
+    columns = ["", "latency", "speed-up [95%]", *(["vs finished"] if finished else []), "file", "params", "MACs", "memory"]
     table = _table("Before and after" if finished else "Benchmark", *columns)
     for column in table.columns[1:]:
         column.no_wrap = True
