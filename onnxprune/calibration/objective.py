@@ -262,6 +262,7 @@ def check_loss(objective: Objective, data: CalibrationData, source: LossSource) 
         raise InputError(f"--loss labels needs a 'labels' array in {data.origin}; drop the option to prune without labels")
     if objective.link != "softmax":
         raise InputError(f"--loss labels needs class scores, but output {objective.output!r} is taken for a vector; drop the option")
+    check_labels(data.labels, objective.width if objective.width is not None else np.iinfo(np.int64).max)
 
 
 def check_labels_of(objective: Objective, data: CalibrationData) -> None:

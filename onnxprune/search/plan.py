@@ -144,7 +144,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise InputError(f"{source} is damaged: {type(error).__name__} {error}") from error
     if digest(plan.changes) != wanted:
         raise InputError(
-            f"{source.with_suffix('.npz')} does not hold the weights that {source.name} was saved with; keep both files of one run together"
+            f"{weights_beside(source)} does not hold the weights that {source.name} was saved with; keep both files of one run together"
         )
     return plan
 
