@@ -47,7 +47,8 @@ class VariantResult:
 class Benchmark:
     """Results by variant, in the order given, and how they were measured.
 
-    ``noise_floor`` is the ratio of two sessions of the first variant: a difference inside its interval is no difference.
+    ``noise_floor`` is the ratio of two sets of sessions of the first variant; the intervals of all speed-ups are widened by how far it is
+    from 1.
     """
 
     variants: Mapping[str, VariantResult]
@@ -107,6 +108,7 @@ def benchmark(
         tolerance=tolerance,
         max_seconds=max_seconds,
     )
+    floor = ratio(timings, _AGAIN, reference, seed)
     providers = {name: group[0].get_providers()[0] for name, group in sessions.items()}
     sessions.clear()
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
@@ -114,9 +116,9 @@ def benchmark(
         for name, model in models.items():
             path = _on_disk(variants[name], Path(folder), len(results))
             peak = _peak(path, fed[name], options, Path(folder)) if memory else None
-            results[name] = _result(name, reference, model, path, fed[name], timings, peak, providers[name])
+            speedup = ratio(timings, reference, name) if name == reference else _widened(ratio(timings, reference, name), floor)
+            results[name] = _result(name, model, path, fed[name], timings, speedup, peak, providers[name])
     shapes = {name: tuple(array.shape) for name, array in fed[reference].items()}
-    floor = ratio(timings, _AGAIN, reference, seed)
     return Benchmark(results, floor, timings.clock, timings.rounds, options.threads, timings.load_average, shapes)
 
 
@@ -133,14 +135,27 @@ def _call(session: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]
     return lambda: session.run(None, arrays)
 
 
+def _widened(measured: Ratio, floor: Ratio) -> Ratio:
+    """An interval that also covers how far two sets of sessions of one file were apart: rounds alone do not see that."""
+    slack = 1 + abs(floor.median - 1)
+    return Ratio(measured.median, measured.low / slack, measured.high * slack)
+
+
 def _result(
-    name: str, reference: str, model: Model, path: Path, feeds: Mapping[str, np.ndarray], timings: Timings, peak: int | None, provider: str
+    name: str,
+    model: Model,
+    path: Path,
+    feeds: Mapping[str, np.ndarray],
+    timings: Timings,
+    speedup: Ratio,
+    peak: int | None,
+    provider: str,
 ) -> VariantResult:
     values = timings.milliseconds[name]
     return VariantResult(
         latency_ms=latency_ms(timings, name),
         quantiles_ms={str(quantile): float(np.quantile(values, quantile)) for quantile in _QUANTILES},
-        speedup=ratio(timings, reference, name),
+        speedup=speedup,
         bytes=_bytes(path),
         parameters=model.parameters,
         macs=_macs(name, model, feeds),
