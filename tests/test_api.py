@@ -20,9 +20,11 @@ from onnxprune.api import PruneResult, parse_share, settings
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.model import Model, load
+from onnxprune.passes import manager
+from onnxprune.record import plain
 from onnxprune.verification import Fidelity
 from tests import zoo
-from tests.passes.cases import BERT, GPT2, VIT, anatomy, arrays, brief_benchmarks, easy_model
+from tests.passes.cases import BERT, GPT2, VIT, anatomy, arrays, brief_benchmarks, clockwork, easy_model
 
 QUICK = {"target_macs": "60%", "rounds": 1, "compensation": "none", "importance": "magnitude", "bench_seconds": 0}
 
@@ -80,9 +82,9 @@ def test_the_run_directory_holds_everything_there_is_to_know(model: Path, calib:
     options: dict[str, Any] = {**QUICK, "compensation": "refit", "importance": "fisher"}
     folder = tmp_path / "new" / "run"
     result = onnxprune.prune(model, calib=calib, run_dir=folder, command=["onnxprune", "model.onnx"], **options)
-    assert sorted(path.name for path in folder.iterdir()) == ["costs.json", "plan.json", "plan.npz", "report.html", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["costs.json", "plan.json", "plan.weights.npz", "report.html", "run.json"]
     record = json.loads((folder / "run.json").read_text())
-    assert record == json.loads(json.dumps(result.record, default=api.plain))
+    assert record == json.loads(json.dumps(result.record, default=plain))
     assert record["schema"] == "onnxprune.run/1"
     assert record["command"] == ["onnxprune", "model.onnx"]
     assert record["input"]["sha256"] == sha256(model)
@@ -142,7 +144,7 @@ def test_runs_with_counted_targets_are_the_same_bytes(model: Path, calib: Path, 
     words = [str(tmp_path / name) for name in ("model.onnx", "rows.npz", "3.onnx", "run3")]
     subprocess.run([sys.executable, "-c", script, *words], check=True, env={"PYTHONHASHSEED": "99", "OMP_NUM_THREADS": "1"})
     assert len({sha256(tmp_path / f"{number}.onnx") for number in (1, 2, 3)}) == 1
-    for name in ("plan.json", "plan.npz", "costs.json"):
+    for name in ("plan.json", "plan.weights.npz", "costs.json"):
         assert len({sha256(tmp_path / f"run{number}" / name) for number in (1, 2, 3)}) == 1, name
 
 
@@ -185,7 +187,7 @@ def test_a_model_that_loses_too_much_is_not_written(model: Path, calib: Path, tm
     assert not (tmp_path / "small.onnx").exists()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["gates"][0]["passed"] is False
-    assert "output" not in record
+    assert record["output"] is None
     assert caught.value.record is not None
     assert caught.value.record["plan_sha256"] == record["plan_sha256"]
 
@@ -201,7 +203,7 @@ def test_a_model_within_the_limit_passes_the_gate(tmp_path: Path) -> None:
     result = onnxprune.prune(
         easy_model(BERT), calib=arrays(BERT), max_drop="1%", **{**QUICK, "target_macs": "60%", "importance": "magnitude"}
     )
-    assert result.record["gates"] == [{"name": "1 - agreement", "limit": 0.01, "value": 0.0, "passed": True}]
+    assert result.record["gates"] == [{"name": "1 - agreement", "limit": 0.01, "value": 0.0, "passed": True, "samples": 8}]
 
 
 def test_a_slice_that_is_not_its_mask_is_never_written(model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +232,56 @@ def test_an_output_is_written_whole_or_not_at_all(model: Path, calib: Path, tmp_
         onnxprune.prune(model, calib=calib, output=target, **QUICK)
     assert [path.name for path in target.parent.iterdir()] == ["small.onnx"]
     assert target.read_bytes() == b"an older file"
+
+
+@pytest.mark.parametrize("limit", ["25%", "60%"])
+def test_an_automatic_model_is_within_the_limit_or_not_written(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    target = tmp_path / "small.onnx"
+    try:
+        result = onnxprune.prune(zoo.path(BERT), calib=arrays(BERT, 64), output=target, max_drop=limit, bench_seconds=0)
+    except GateError:
+        assert not target.exists()
+        return
+    assert target.exists()
+    assert result.comparison is not None
+    assert result.comparison.samples == 8
+    assert result.comparison.loss[1] <= parse_share(limit, "--max-drop")  # type: ignore[operator]
+
+
+def test_a_latency_that_was_missed_is_not_written_unless_asked(
+    model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clockwork(monkeypatch)
+    monkeypatch.setattr(manager._Search, "_measure", lambda *arguments: 4.5)
+    options: dict[str, Any] = {**QUICK, "target_macs": None, "target_latency": "60%", "output": tmp_path / "small.onnx"}
+    with pytest.raises(TargetError, match=r"target latency=60% was missed by 7\.1%: measured 4\.5, asked for 4\.2; no model was written"):
+        onnxprune.prune(model, calib=calib, **options)
+    assert not (tmp_path / "small.onnx").exists()
+    with pytest.raises(TargetError, match="was written because of --keep-best"):
+        onnxprune.prune(model, calib=calib, keep_best=True, **options)
+    assert (tmp_path / "small.onnx").exists()
+
+
+def test_a_file_that_does_not_compute_what_was_verified_is_removed(
+    model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Model.save
+
+    def damaged(self: Model, path: Any, *arguments: Any) -> Path:
+        return real(load(zoo.path(BERT)), path)
+
+    monkeypatch.setattr(Model, "save", damaged)
+    with pytest.raises(GateError, match="does not compute what was verified"):
+        onnxprune.prune(model, calib=calib, output=tmp_path / "small.onnx", **QUICK)
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def test_random_rows_judge_nothing(model: Path) -> None:
+    for options in ({}, {"target_macs": "50%", "max_drop": "5%"}):
+        with pytest.raises(InputError, match="--calib random cannot judge accuracy"):
+            onnxprune.prune(model, calib="random", **options)
+    assert onnxprune.prune(model, calib="random", **QUICK).model is not None
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------------------
