@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import Model, atomic_file
-from onnxprune.passes.manager import Decision, Settings, summary
+from onnxprune.passes.manager import MISS, Decision, Settings, summary
 from onnxprune.runtime.environment import describe
 
 
@@ -62,6 +62,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             "asked": str(chosen.target),
             "unit": unit,
             "goal": decision.goal,
+            "tolerance": MISS,
             "given": decision.given_cost,
             "finished": decision.finished_cost,
             "predicted": decision.predicted,

@@ -76,7 +76,7 @@ def load_calibration(
             break
     check_rows(rows if samples is None else min(rows, samples), origin)
     if samples is not None and rows < samples:
-        log.warning("%s holds %d calibration rows, fewer than the %d asked for", origin, rows, samples)
+        log.info("%s holds %d calibration rows, fewer than the %d asked for", origin, rows, samples)
     data = _assemble(collected, specs, origin)
     if samples is None or rows <= samples:
         return data
