@@ -34,7 +34,7 @@ def model_output(output: str | os.PathLike[str], inputs: Iterable[Path]) -> Path
         InputError: it is an input, a directory, not a regular file, or its folder is missing or not writable.
     """
     target = Path(output)
-    return _checked(target, [target, target.with_name(target.name + ".data")], inputs)
+    return _checked(target, [target, target.parent / f"{target.name}.data"], inputs)
 
 
 def plan_output(output: str | os.PathLike[str], inputs: Iterable[Path]) -> Path:

@@ -91,7 +91,7 @@ class Plan:
 
 def weights_beside(plan: Path) -> Path:
     """Where the compensated weights of a plan file lie: ``plan.json`` has ``plan.weights.npz``."""
-    return plan.with_name(plan.stem + ".weights.npz")
+    return plan.parent / f"{plan.stem}.weights.npz"
 
 
 def asdict_shallow(plan: Plan) -> dict[str, Any]:
