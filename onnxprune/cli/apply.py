@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from onnxprune.cli.options import Command, examples, external_data_option, file_option, json_option, model_argument, noise_options
+from onnxprune.cli.options import Command, beside, examples, external_data_option, file_option, json_option, model_argument, noise_options
 
 
 @click.command(
@@ -31,7 +31,7 @@ def apply(model: Path, plan: Path, out: Path | None, external_data: bool | None,
 
     screen = Screen(as_json, verbose, quiet)
     decided = load_plan(plan)
-    target = out or model.with_suffix(".pruned.onnx")
+    target = out or beside(model, ".pruned.onnx")
     result = run(model, decided, output=target, external_data=external_data)
     screen.show(plan_table(decided), written("model", target))
     screen.result({"output": str(target), "parameters": result.parameters, "plan_sha256": decided.sha256, "removed": decided.removed})

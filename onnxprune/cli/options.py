@@ -60,6 +60,11 @@ def option(*names: str, heading: str, **kwargs: Any) -> Callable[[Any], Any]:
     return click.option(*names, cls=Option, heading=heading, **kwargs)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """``model.onnx`` with another ending, in the same folder."""
+    return path.parent / (path.stem + ending)
+
+
 def stack(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several decorators as one, in reading order."""
 

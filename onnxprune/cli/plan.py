@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from onnxprune.cli.options import Command, examples, file_option, json_option, model_argument, noise_options, settings_options
+from onnxprune.cli.options import Command, beside, examples, file_option, json_option, model_argument, noise_options, settings_options
 
 
 @click.command(
@@ -33,7 +33,7 @@ def plan(model: Path, out: Path | None, run_dir: Path | None, as_json: bool, ver
     from onnxprune.report.tables import run_tables, written
 
     screen = Screen(as_json, verbose, quiet)
-    target = plan_output(out or model.with_suffix(".plan.json"), input_files(load(model), options["calib"]))
+    target = plan_output(out or beside(model, ".plan.json"), input_files(load(model), options["calib"]))
     options["input_shapes"] = dict(options["input_shapes"])
     with screen.progress() as progress:
         result = run(model, dry_run=True, run_dir=run_dir, progress=progress, command=command_line(), **options)

@@ -9,6 +9,7 @@ import click
 
 from onnxprune.cli.options import (
     Command,
+    beside,
     examples,
     external_data_option,
     file_option,
@@ -55,8 +56,8 @@ def prune(
     from onnxprune.report.tables import run_tables
 
     screen = Screen(as_json, verbose, quiet)
-    target = out or model.with_suffix(".pruned.onnx")
-    folder = run_dir or target.with_suffix(".run")
+    target = out or beside(model, ".pruned.onnx")
+    folder = run_dir or beside(target, ".run")
     options["input_shapes"] = dict(options["input_shapes"])
     with screen.showing_record(run_tables, folder), screen.progress() as progress:
         result = run(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from onnxprune.errors import OnnxPruneError
 
 if TYPE_CHECKING:
@@ -29,11 +31,7 @@ class Screen:
         self.as_json, self.quiet = as_json, quiet
         self.console = _console(sys.stderr)
         self._product = self.console if as_json else _console(sys.stdout)
-        handler = _LogLines(self.console)
-        package = logging.getLogger("onnxprune")
-        package.handlers = [handler]
-        package.propagate = False
-        package.setLevel(logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+        _take_log(self.console, logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
     def print(self, *parts: RenderableType) -> None:
         """The product of a command that only informs."""
@@ -79,6 +77,20 @@ def command_line() -> list[str]:
     return ["onnxprune", *sys.argv[1:]]
 
 
+def _take_log(console: Console, level: int) -> None:
+    """Send the package's log to the console for as long as this command runs."""
+    package = logging.getLogger("onnxprune")
+    before = package.handlers, package.propagate, package.level
+    package.handlers, package.propagate = [_LogLines(console)], False
+    package.setLevel(level)
+
+    def give_back() -> None:
+        package.handlers, package.propagate = before[0], before[1]
+        package.setLevel(before[2])
+
+    click.get_current_context().call_on_close(give_back)
+
+
 def _console(stream: Any) -> Console:
     from rich.console import Console
 
@@ -113,9 +125,10 @@ class _StepLines:
         self.started: dict[str, float] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        start = self.started.setdefault(what, time.monotonic())
+        now = time.monotonic()
+        start = self.started.setdefault(what, now)
         if done >= total:
-            seconds = time.monotonic() - start
+            seconds = now - start
             del self.started[what]
             if seconds >= _SLOW_SECONDS:
                 self.console.print(f"{what}: {seconds:.0f} s", style="dim")
