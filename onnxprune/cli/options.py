@@ -92,7 +92,7 @@ calib_option = option(
     heading="Data",
     metavar="PATH",
     help=(
-        ".npz with one array per input (axis 0 = samples, 'labels' optional), a folder of such files, or script.py:function. "
+        ".npz with one array per input (axis 0 = samples, 'labels' optional), a folder of such files, script.py:function, or random. "
         "Default: MODEL with the ending .calib.npz."
     ),
 )
