@@ -26,7 +26,7 @@ from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import load
 from onnxprune.graph.slicing import slice_model
 from onnxprune.passes.apply import finish
-from onnxprune.passes.manager import request_feeds
+from onnxprune.request import request_feeds
 
 RESULTS = Path(__file__).parent / "results"
 LATENCY_TARGETS = ("80%", "65%", "50%", "35%")
@@ -83,7 +83,7 @@ def halving(chosen: Task, seconds: float) -> dict[str, Any]:
     half = slice_model(anatomy, {site.name: np.arange(site.units // 2) for site in anatomy.sites})
     data = load_calibration(chosen.calib_path, given)
     variants = {"finished original": finish(canonical, ["residual-sum"]), "half": finish(half, ["residual-sum"]), "file as given": given}
-    result = benchmark(variants, request_feeds(data, {}), max_seconds=seconds, memory=False)
+    result = benchmark(variants, request_feeds(given, data, {}), max_seconds=seconds, memory=False)
     speedup = result.variants["half"].speedup
     row = {"speedup_over_finished": speedup.median, "interval": [speedup.low, speedup.high]}
     print(json.dumps(row), flush=True)

@@ -7,6 +7,7 @@ of the values before it, and all random draws come from one seed.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -245,7 +246,7 @@ class _Search:
         raise TargetError(
             f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with every {kinds} "
             f"unit removed the model still takes {table.floor:.4g} {words} ({100 * table.floor / given:.0f}% of the file as given). "
-            f"Ask for more than {100 * table.floor / given:.0f}%, or allow more passes"
+            f"Ask for at least {math.ceil(100 * table.floor / given)}%, or allow more passes"
         )
 
     def _costs(self) -> tuple[CostTable, float]:
@@ -299,11 +300,11 @@ class _Search:
         return None if kept is None else cut(self.bench, kept)
 
     def _auto(self, table: CostTable, given: float) -> tuple[Student, float, float]:
-        """Go down in steps while the held-back rows allow it, then half a step more."""
+        """Go down in steps while the judging rows allow it, then half a step more; step back if the other held-back rows disagree."""
         limit = self.settings.max_drop if self.settings.max_drop is not None else 0.01
         prunable = table.full - table.fixed
         student, share = dense_student(self.bench), 1.0
-        passed: Student | None = None
+        passed: list[Student] = []
         number = 0
         while share * _AUTO_STEP >= _AUTO_FLOOR:
             number += 1
@@ -315,16 +316,20 @@ class _Search:
             tried = self._try(student, scores, table, prunable, share * _AUTO_STEP, limit)
             if tried is None:
                 half = self._try(student, scores, table, prunable, share * _AUTO_STEP**0.5, limit)
-                passed = half or passed
+                passed += [half] if half else []
                 break
-            passed = student = tried
+            passed.append(tried)
+            student = tried
             share *= _AUTO_STEP
-        if passed is None:
+        while passed and not self.judge(passed[-1], self.held_back).loss[1] <= limit:
+            passed.pop()
+        if not passed:
             raise TargetError(
-                f"no pruned model stays within --max-drop {100 * limit:g}% on {len(self.held_back)} held-back rows; "
+                f"no pruned model stays within --max-drop {100 * limit:g}% on {len(self.judges) + len(self.held_back)} held-back rows; "
                 "allow a larger drop or give more calibration rows"
             )
-        return passed, table.predict(passed.counts), self._measure(passed, given)
+        chosen = passed[-1]
+        return chosen, table.predict(chosen.counts), self._measure(chosen, given)
 
     def _unchanged(self, student: Student, scores: Scores, table: CostTable, budget: float) -> bool:
         kept = choose(self.bench, student, scores, table, budget)
@@ -335,16 +340,16 @@ class _Search:
         if kept is None:
             return None
         candidate = cut(self.bench, kept)
-        judged = self.judge(candidate)
+        judged = self.judge(candidate, self.judges)
         name, loss = judged.loss
         # A count of hits on a few hundred rows is too noisy to steer by; the expected drop is not, and needs no labels.
         expected = judged.expected_drop.value if judged.drop is not None and judged.expected_drop is not None else 0.0
         self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, **{name: loss, "expected drop": expected})
         return candidate if max(loss, expected) <= limit else None
 
-    def judge(self, student: Student) -> Comparison:
+    def judge(self, student: Student, rows: CalibrationData) -> Comparison:
         settings = self.settings
-        return compare(self.study.given, self.ship(student), self.judges, self.objective, settings.runtime, settings.recipe.seed)
+        return compare(self.study.given, self.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
 
     def _measure(self, student: Student, given: float) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
