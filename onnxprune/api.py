@@ -23,6 +23,7 @@ from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of
+from onnxprune.graph.slicing import slice_model
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish
@@ -31,7 +32,7 @@ from onnxprune.passes.rounds import Progress, Recipe
 from onnxprune.record import leave, model_facts, new_record
 from onnxprune.request import examples, made_up, request_feeds
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
-from onnxprune.search.costs import site_macs
+from onnxprune.search.costs import measured_costs, site_macs
 from onnxprune.search.plan import Plan, load_plan
 from onnxprune.search.target import Target, parse_target
 from onnxprune.verification import TOLERANCE, Comparison, Fidelity, compare, masked_equals_sliced
@@ -263,12 +264,21 @@ def apply(
     return result
 
 
-def inspect(model: ModelSource, *, calib: Any = None, input_shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+def inspect(
+    model: ModelSource,
+    *,
+    calib: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    time: bool = False,
+    provider: str = "cpu",
+    threads: int = 1,
+) -> dict[str, Any]:
     """What can be pruned, what can not and why: sites with units, parameters, multiply-adds and their share of the model.
 
     Args:
         calib: real inputs, for a model that does not run on made-up ones.
         input_shapes: the request that multiply-adds are counted for.
+        time: also measure what each site costs in milliseconds, as a search would.
     """
     given = load(model)
     check_float(given)
@@ -278,7 +288,7 @@ def inspect(model: ModelSource, *, calib: Any = None, input_shapes: Mapping[str,
     feeds = request_feeds(canonical, data or made_up(canonical), {name: tuple(shape) for name, shape in (input_shapes or {}).items()})
     macs = count_macs(canonical, shapes_of(canonical, feeds))
     total = max(sum(macs.values()), 1)
-    sites = [
+    sites: list[dict[str, Any]] = [
         {
             "site": site.name,
             "kind": site.kind,
@@ -290,6 +300,12 @@ def inspect(model: ModelSource, *, calib: Any = None, input_shapes: Mapping[str,
         }
         for site in anatomy.sites
     ]
+    if time and sites:
+        options = RuntimeOptions(provider, threads)
+        table, _ = measured_costs(anatomy, anatomy.sites, lambda kept: finish(slice_model(anatomy, kept), ()), feeds, options, seed=0)
+        for row in sites:
+            row["ms"] = float(table.curves[row["site"]][-1])
+            row["time_share"] = row["ms"] / table.full
     return {
         "schema": "onnxprune.inspect/1",
         "model": model_facts(given, given.source.path if given.source else None),

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
 from onnxprune.calibration.objective import Objective
-from onnxprune.calibration.stream import stream
+from onnxprune.calibration.stream import DEFAULT_ROWS, stream
 from onnxprune.errors import GateError, InputError
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.instrument import mask_feeds, masked_model
@@ -22,6 +22,7 @@ TOLERANCE = 1e-4
 """Largest accepted difference between masked and sliced outputs, relative to the largest output."""
 
 _RESAMPLES = 1000
+_OUTPUT_VALUES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def compare(
 ) -> Comparison:
     """Compare two models on all rows of ``data``; padding and ignored labels do not count."""
     columns: dict[str, list[np.ndarray]] = {}
-    first = stream(original, data, [objective.output], options=options)
-    second = stream(model, data, [objective.output], options=options)
+    rows = _rows(objective, data)
+    first = stream(original, data, [objective.output], options=options, rows=rows)
+    second = stream(model, data, [objective.output], options=options, rows=rows)
     for (batch, a), (_, b) in zip(first, second, strict=True):
         before, after = a[objective.output].astype(np.float64), b[objective.output].astype(np.float64)
         if before.shape != after.shape:
@@ -124,6 +126,12 @@ def compare(
             rows |= {"accuracy_before": before, "accuracy_after": after, "drop": before - after}
     means = {name: _interval(values, seed) for name, values in rows.items()}
     return Comparison(len(data), objective.output, **means)
+
+
+def _rows(objective: Objective, data: CalibrationData) -> int:
+    """Rows per run: a score for every word of a vocabulary at every token is large, and compared in float64."""
+    tokens = data.token_mask.shape[1] if objective.token_level and data.token_mask is not None else 1
+    return int(np.clip(_OUTPUT_VALUES // max((objective.width or 1) * tokens, 1), 1, DEFAULT_ROWS))
 
 
 def _per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: Objective) -> Mapping[str, np.ndarray]:

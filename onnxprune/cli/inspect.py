@@ -14,6 +14,7 @@ from onnxprune.cli.options import Command, calib_option, examples, json_option, 
     cls=Command,
     epilog=examples(
         "onnxprune inspect model.onnx",
+        "onnxprune inspect model.onnx --time              # and what each costs in milliseconds here",
         "onnxprune inspect model.onnx --why layer.3       # sites and refusals of one layer, in full",
         "onnxprune inspect model.onnx --input-shape input_ids:1x384 --json",
     ),
@@ -22,17 +23,20 @@ from onnxprune.cli.options import Command, calib_option, examples, json_option, 
 @option(
     "--why", heading="What to prune", metavar="NAME", help="Only sites and refusals whose name, node or code holds NAME, with every detail."
 )
+@option("--time", heading="What to prune", is_flag=True, help="Also measure the share of time of each site, as a search would (seconds).")
 @calib_option
 @shape_option
 @json_option
 @noise_options
-def inspect(model: Path, why: str | None, calib: str | None, input_shapes: Any, as_json: bool, verbose: int, quiet: bool) -> None:
+def inspect(
+    model: Path, why: str | None, time: bool, calib: str | None, input_shapes: Any, as_json: bool, verbose: int, quiet: bool
+) -> None:
     """List what can be pruned in MODEL with its parameters and multiply-adds, and what cannot and why."""
     from onnxprune.api import inspect as run
     from onnxprune.cli.screen import Screen
     from onnxprune.report.tables import inspect_tables, why_tables
 
     screen = Screen(as_json, verbose, quiet)
-    found = run(model, calib=calib, input_shapes=dict(input_shapes))
+    found = run(model, calib=calib, input_shapes=dict(input_shapes), time=time)
     screen.print(*(inspect_tables(found) if why is None else why_tables(found, why)))
     screen.result(found)

@@ -213,16 +213,19 @@ def inspect_tables(found: Record) -> list[RenderableType]:
             ("MACs", f"{count(found['macs'])} for {shapes}"),
         ]
     )
-    table = _table("Can be pruned", "site", "units", "parameters", "MACs", "of all MACs", "")
+    timed = any("time_share" in site for site in found["sites"])
+    last = ["latency", "of all time"] if timed else [""]
+    table = _table("Can be pruned", "site", "units", "parameters", "MACs", "of all MACs", *last)
     for site in found["sites"]:
         unit = "heads" if site["kind"] == "heads" else "neurons"
         figures_ = (f"{site['units']:,} {unit}", count(site["parameters"]), count(site["macs"]), percent(site["macs_share"]))
-        table.add_row(Text(site["site"]), *figures_, _bar(min(site["macs_share"], 1.0)))
+        clock = (milliseconds(site["ms"]), percent(site["time_share"])) if timed else (_bar(min(site["macs_share"], 1.0)),)
+        table.add_row(Text(site["site"]), *figures_, *clock)
     total = sum(site["macs_share"] for site in found["sites"])
     table.add_section()
-    table.add_row(
-        "all", "", count(sum(s["parameters"] for s in found["sites"])), count(sum(s["macs"] for s in found["sites"])), percent(total)
-    )
+    sums = [count(sum(site[key] for site in found["sites"])) for key in ("parameters", "macs")]
+    times_ = [milliseconds(sum(s["ms"] for s in found["sites"])), percent(sum(s["time_share"] for s in found["sites"]))] if timed else []
+    table.add_row("all", "", *sums, percent(total), *times_)
     parts: list[RenderableType] = [head, table if found["sites"] else Text("Nothing in this graph can be pruned.", "bold yellow")]
     if found["refusals"]:
         parts.append(refusals_table(found["refusals"]))
@@ -233,7 +236,7 @@ def why_tables(found: Record, name: str) -> list[RenderableType]:
     """Every detail of the sites and refusals that ``name`` is part of."""
     wanted = name.lower()
     parts: list[RenderableType] = [
-        _pairs([(key.replace("_", " "), percent(value) if key == "macs_share" else str(value)) for key, value in site.items()])
+        _pairs([(key.replace("_", " "), percent(value) if key.endswith("_share") else str(value)) for key, value in site.items()])
         for site in found["sites"]
         if wanted in f"{site['site']} {site['reads']}".lower()
     ]
