@@ -107,9 +107,9 @@ def compare(
 ) -> Comparison:
     """Compare two models on all rows of ``data``; padding and ignored labels do not count."""
     columns: dict[str, list[np.ndarray]] = {}
-    rows = _rows(objective, data)
-    first = stream(original, data, [objective.output], options=options, rows=rows)
-    second = stream(model, data, [objective.output], options=options, rows=rows)
+    size = _rows(objective, data)
+    first = stream(original, data, [objective.output], options=options, rows=size)
+    second = stream(model, data, [objective.output], options=options, rows=size)
     for (batch, a), (_, b) in zip(first, second, strict=True):
         before, after = a[objective.output].astype(np.float64), b[objective.output].astype(np.float64)
         if before.shape != after.shape:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.prefix import Prefix
@@ -85,8 +86,10 @@ def refit(
     reports = list(skipped)
     changes: Changes = {}
     for done, stage in enumerate(stages):
-        fitted, held = _accumulate(stage, teacher_run, student_run, batches, row_weight)
-        new, report = _solve(student_run.view, stage, fitted, held, method)
+        # BLAS threads spin while they wait: on a busy machine two of them took ten times the CPU time of one.
+        with threadpool_limits(options.threads or None):
+            fitted, held = _accumulate(stage, teacher_run, student_run, batches, row_weight)
+            new, report = _solve(student_run.view, stage, fitted, held, method)
         if new:
             student = replace_constants(student, new, "~refit")
             student_run.replace(student)
