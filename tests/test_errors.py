@@ -147,7 +147,7 @@ def test_a_model_in_half_precision(folder: Path) -> None:
         if tensor.data_type == TensorProto.FLOAT:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
     onnx.save(proto, folder / "model.onnx")
-    assert "prune the float32 model" in fails(folder, 2, "half precision", *prune())
+    assert "prune the float32 model" in fails(folder, 2, "half-precision", *prune())
 
 
 # --- the data ----------------------------------------------------------------------------------------------------------------------
@@ -226,6 +226,10 @@ def test_an_impossible_target_names_what_is_reachable(folder: Path) -> None:
     message = fails(folder, 3, "cannot be met", *prune("--target-macs", "1%"))
     assert "of the file as given" in message
     assert "Ask for at least" in message
+
+
+def test_passes_that_remove_nothing_are_refused(folder: Path) -> None:
+    fails(folder, 2, "removes nothing: name heads, ffn or both", *prune("--passes", "residual-sum", "--target-macs", "50%"))
 
 
 def test_a_target_that_is_met_is_said_and_nothing_is_written(folder: Path) -> None:

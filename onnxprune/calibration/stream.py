@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from onnxprune.calibration.data import Batch, CalibrationData
-from onnxprune.calibration.statistics import Statistics
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
@@ -65,28 +64,6 @@ def stream(
         done += int(batch.valid.sum())
         if progress:
             progress(done, len(order))
-
-
-def collect(
-    model: Model,
-    data: CalibrationData,
-    outputs: Sequence[str] | None = None,
-    *,
-    options: RuntimeOptions | None = None,
-    extra: Callable[[Batch], Feeds] | None = None,
-    rows: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Statistics:
-    """Add up outputs that are sums over the batch already (no row axis left) in float64; counts are calibration rows.
-
-    The graph must leave out padding tokens and rows that are not valid: feed ``batch.token_mask`` or ``batch.valid`` through ``extra``.
-    Arguments and errors as in :func:`stream`.
-    """
-    statistics = Statistics()
-    for batch, values in stream(model, data, outputs, options=options, extra=extra, rows=rows, progress=progress):
-        for name, value in values.items():
-            statistics.add(name, value, int(batch.valid.sum()))
-    return statistics
 
 
 def _short_of_memory(error: BaseException) -> bool:

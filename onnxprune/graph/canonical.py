@@ -243,5 +243,5 @@ def check_float(model: Model) -> None:
     types = {tensor.data_type for tensor in model.proto.graph.initializer if len(tensor.dims) > 1}
     if {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4} & types:
         raise InputError("the model is already quantized (int8/int4 weights); prune the float model and quantize the result")
-    if {TensorProto.FLOAT16, TensorProto.BFLOAT16} & types and TensorProto.FLOAT not in types:
-        raise InputError("the model is in half precision; prune the float32 model and convert the result to fp16")
+    if {TensorProto.FLOAT16, TensorProto.BFLOAT16} & types:
+        raise InputError("the model has half-precision weights; prune the float32 model and convert the result to fp16")

@@ -178,6 +178,8 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     Raises:
         TargetError: the target is below what any choice of units reaches.
     """
+    if not study_.sites:
+        raise InputError(f"--passes {','.join(settings.passes)} removes nothing: name heads, ffn or both; rewrites run along with them")
     return _Search(study_, data, settings, progress).run()
 
 

@@ -84,6 +84,7 @@ def test_streams_stop_at_the_rows_wanted() -> None:
 
 
 def test_fewer_rows_than_asked_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="onnxprune")
     assert len(load_calibration({"pixels": PIXELS}, image_model(), samples=99)) == 12
     assert "12 calibration rows, fewer than the 99" in caplog.text
 

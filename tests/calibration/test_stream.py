@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,23 @@ from onnx import TensorProto, helper
 
 import onnxprune.calibration.stream as stream_module
 from onnxprune.calibration import Batch, CalibrationData, load_calibration
-from onnxprune.calibration.stream import collect, stream
+from onnxprune.calibration.statistics import Statistics
+from onnxprune.calibration.stream import stream
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model
 from onnxprune.runtime.session import Feeds
 from tests.calibration.models import Dims, build, image_model, text_arrays, text_model
 
 PIXELS = np.random.default_rng(0).standard_normal((21, 3)).astype(np.float32)
+
+
+def collect(model: Any, data: Any, outputs: list[str], **options: Any) -> Statistics:
+    """Outputs that are sums over the batch, added up over all rows."""
+    statistics = Statistics()
+    for batch, values in stream(model, data, outputs, **options):
+        for name, value in values.items():
+            statistics.add(name, value, int(batch.valid.sum()))
+    return statistics
 
 
 def image_data(batch: int | str = "batch") -> CalibrationData:

@@ -27,7 +27,7 @@ class MissingGradient(InputError):
         domain = f"{node.domain}." if node.domain else ""
         super().__init__(
             f"no gradient through {domain}{node.op} (node {(node.name or node.outputs[0])!r}): {why}; "
-            "use a method without gradients, or exclude the sites before this node"
+            "score without gradients (--importance energy or magnitude), or exclude the sites before this node"
         )
 
 
