@@ -67,7 +67,7 @@ def choose_objective(
     candidates = {value.name: value for value in model.proto.graph.output}
     if output is not None and output not in candidates:
         raise InputError(f"the model has no output {output!r}{nearest(output, candidates)}; it has {', '.join(candidates)}")
-    name, why = (output, "chosen by --output") if output is not None else _default_output(model.proto.graph.output, view)
+    name, why = (output, "chosen by --output") if output is not None else _default_output(anatomy)
     shape = profile.shape(name) or ()
     if len(shape) < 2 or candidates[name].type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.UNDEFINED):
         raise InputError(
@@ -88,12 +88,19 @@ def choose_objective(
     return Objective(name, tensor, link, profile.dim(name, -1), len(shape) > 2, reads_first_token(anatomy, name), f"{why}; {reason}")
 
 
-def _default_output(outputs: Sequence[onnx.ValueInfoProto], view: GraphView) -> tuple[str, str]:
-    usable = [value.name for value in outputs if value.name in view.producer]
-    if not usable:
+def _default_output(anatomy: Anatomy) -> tuple[str, str]:
+    """Among the float outputs that depend on the most sites (an echo of an input or an early layer does not): by name, else the first."""
+    outputs, view = anatomy.model.proto.graph.output, anatomy.view
+    known = [value.name for value in outputs if value.name in view.producer]
+    if not known:
         raise InputError("no output of the model is computed by it; nothing can be preserved")
+    if len(known) == 1:
+        return known[0], "the only output"
+    floats = [value.name for value in outputs if value.name in known and _is_float_matrix(anatomy, value)]
+    depends = {name: _sites_behind(anatomy, name) for name in floats or known}
+    usable = [name for name, count in depends.items() if count == max(depends.values())]
     if len(usable) == 1:
-        return usable[0], "the only output"
+        return usable[0], f"of {len(known)} outputs the one at the end of the model"
     for pattern, word in (
         (re.compile("logit", re.IGNORECASE), "named like logits"),
         (re.compile("sentence|embed", re.IGNORECASE), "named like an embedding"),
@@ -102,6 +109,17 @@ def _default_output(outputs: Sequence[onnx.ValueInfoProto], view: GraphView) -> 
             if pattern.search(name):
                 return name, f"{word}, first of {len(usable)} outputs"
     return usable[0], f"the first of {len(usable)} outputs (choose another with --output)"
+
+
+def _is_float_matrix(anatomy: Anatomy, value: onnx.ValueInfoProto) -> bool:
+    kind = value.type.tensor_type.elem_type
+    return len(anatomy.profile.shape(value.name) or ()) > 1 and kind in (TensorProto.FLOAT, TensorProto.UNDEFINED)
+
+
+def _sites_behind(anatomy: Anatomy, name: str) -> int:
+    """How many sites an output depends on."""
+    behind = anatomy.view.ancestors([name])
+    return sum(any(consumer.leaf.node.index in behind for consumer in site.consumers) for site in anatomy.sites)
 
 
 def _link(view: GraphView, name: str, shape: tuple[int, ...], labels: np.ndarray | None, softmax: bool) -> tuple[Link, str]:

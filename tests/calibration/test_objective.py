@@ -7,11 +7,13 @@ from functools import cache
 import numpy as np
 import pytest
 
+from onnx import TensorProto, helper
+from onnxprune.graph.canonical import canonicalise
 from onnxprune.calibration import Batch
 from onnxprune.calibration.data import IGNORED_LABEL, CalibrationData
 from onnxprune.calibration.objective import Objective, Targets, check_loss, choose_objective
 from onnxprune.errors import InputError
-from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.anatomy import Anatomy, study
 from onnxprune.graph.model import load
 from tests import zoo
 from tests.graph.net import WIDTH, Net
@@ -161,3 +163,17 @@ def test_labels_as_the_loss_must_be_there_and_fit() -> None:
         check_loss(objective("identity"), CalibrationData(rows, np.zeros(4, np.int64), "data"), "labels")
     with pytest.raises(InputError):
         check_loss(objective(), CalibrationData(rows, np.array([0, 1, 2, 4]), "data"), "labels")
+
+
+def test_an_echo_of_an_input_and_an_early_layer_are_not_what_is_preserved() -> None:
+    model = load(zoo.path("minilm-sdpa-do18"))
+    first = study(*canonicalise(model)).sites[0].consumers[0].output
+    proto = model.copy_proto()
+    proto.graph.node.append(helper.make_node("Identity", ["attention_mask"], ["echo"], name="echo"))
+    final = proto.graph.output.pop()
+    proto.graph.output.append(helper.make_tensor_value_info("echo", TensorProto.INT64, ["batch", "seq"]))
+    proto.graph.output.append(helper.make_tensor_value_info(first, TensorProto.FLOAT, None))
+    proto.graph.output.append(final)
+    found = choose_objective(study(*canonicalise(model.with_proto(proto))))
+    assert found.output == "last_hidden_state"
+    assert "not looked at: echo" in found.why
