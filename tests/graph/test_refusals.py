@@ -203,7 +203,7 @@ def test_a_slice_with_gaps_on_a_pruned_axis_is_an_error_that_names_it() -> None:
 
 
 def test_half_precision_and_integer_models_are_input_errors() -> None:
-    for dtype, word in ((np.float16, "half precision"), (np.int8, "quantized")):
+    for dtype, word in ((np.float16, "half-precision"), (np.int8, "quantized")):
         net = Net()
         net.constant(np.zeros((4, 4), dtype))
         net.initializers[:] = net.initializers[-1:]
