@@ -190,7 +190,7 @@ settings_options = stack(
         type=click.IntRange(min=1),
         default=1024,
         show_default=True,
-        help="Most calibration rows to decide on; a fifth of all rows is held back.",
+        help="Most calibration rows to decide on; at least a quarter of all rows is held back.",
     ),
     output_name_option,
     purpose_option,
