@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 _JUDGES = {"benchmark", "verification", "report"}
 _RUN = {"request", "outputs", "record"}
 _BASE = {"errors", "runtime", "graph", "calibration"}
-_DECIDE = _BASE | {"importance", "compensate", "search", "passes"}
+_DECIDE = _BASE | {"importance", "compensate", "quantize", "search", "passes"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"errors", "runtime", "graph"},
     "importance": {"errors"},
     "compensate": {"errors"},
+    "quantize": {"errors"},
     "search": {"errors", "runtime", "graph", "calibration"},
     "verification": _BASE,
     "request": _BASE,
@@ -101,7 +102,7 @@ def test_packages_are_imported_where_they_belong(package: str) -> None:
 def test_scores_and_compensation_know_numbers_only() -> None:
     known = {"numpy", "scipy", "onnxprune", "__future__", "collections", "dataclasses", "typing", "math", "itertools"}
     for path in FILES:
-        if room_of(path) in ("importance", "compensate"):
+        if room_of(path) in ("importance", "compensate", "quantize"):
             assert {name.split(".")[0] for name in imports(path)} <= known, path
 
 
