@@ -282,3 +282,20 @@ def test_fusing_twice_changes_nothing_more() -> None:
     again, number = fuse_attention(fused)
     assert number == 0
     assert again is fused
+
+
+def test_guarded_masks_keep_finite_values_of_any_size() -> None:
+    """Only minus infinity hides a key: -2e4 beside -2.0001e4 is a difference of ten, and a row of -inf alone gives zeros."""
+    net = Net()
+    q, k, v = (net.heads(net.linear("x")) for _ in range(3))
+    scores = net("Add", net("MatMul", q, net("Transpose", k, perm=[0, 1, 3, 2])), net.input("mask", ["seq", "seq"]))
+    probabilities = net("Softmax", scores, axis=-1)
+    safe = net("Where", net("IsNaN", probabilities), net.constant(np.float32(0)), probabilities)
+    context = net("MatMul", safe, v)
+    fused, plain, number = fused_net(net, net("Reshape", net("Transpose", context, perm=[0, 2, 1, 3]), net.ints(0, 0, WIDTH)))
+    assert number == 1
+    inputs = tokens(2, 4)
+    rows = [[-2e4, -2.0001e4, -np.inf, -2.0002e4], [-np.inf] * 4, [0, 0, -np.inf, 0], [-3e38, -np.inf, -np.inf, -np.inf]]
+    inputs["mask"] = np.array(rows, np.float32)
+    assert_same(fused, plain, inputs)
+    assert not run(open_session(fused), inputs)[0][:, 1].any()
