@@ -18,8 +18,8 @@ _DECIDE = _BASE | {"importance", "compensate", "quantize", "search", "passes"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "runtime": {"errors"},
-    "graph": {"errors", "runtime"},
-    "calibration": {"errors", "runtime", "graph"},
+    "graph": {"errors", "runtime", "quantize"},
+    "calibration": {"errors", "runtime", "graph", "quantize"},
     "importance": {"errors"},
     "compensate": {"errors"},
     "quantize": {"errors"},

@@ -1,0 +1,75 @@
+"""What an int8 model is to be: which products compute in integers, and how their inputs are scaled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from onnxprune.errors import InputError
+from onnxprune.quantize.ranges import Range
+
+Scheme = Literal["dynamic", "static"]
+SCHEMES: tuple[Scheme, ...] = ("dynamic", "static")
+
+
+@dataclass(frozen=True)
+class Int8Form:
+    """A decision on the int8 form of a float32 graph; weights are symmetric int8, activations asymmetric uint8.
+
+    Attributes:
+        scheme: activations are scaled at run time (``dynamic``), or by ranges from calibration (``static``).
+        per_channel: one weight scale per output column instead of one per matrix.
+        products: names of the nodes that compute in integers; all others stay as they are.
+        ranges: static only, activation tensor -> what uint8 covers. Where ``factors`` holds the tensor, the range of ``x / s``.
+        factors: activation tensor -> s, float [n_in]: the products read ``x / s`` and their weights are multiplied by s instead.
+    """
+
+    scheme: Scheme
+    per_channel: bool
+    products: tuple[str, ...]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    factors: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the factors, ready for JSON; :meth:`from_dict` reads it."""
+        ranges = {name: [float(low), float(high)] for name, (low, high) in self.ranges.items()}
+        return {"scheme": self.scheme, "per_channel": self.per_channel, "products": list(self.products), "ranges": ranges}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], factors: Mapping[str, np.ndarray] | None = None) -> Int8Form:
+        """The form that :meth:`as_dict` wrote.
+
+        Raises:
+            InputError: an entry is missing or of another kind.
+        """
+        scheme, per_channel, products = (content.get(key) for key in ("scheme", "per_channel", "products"))
+        ranges = content.get("ranges", {})
+        if scheme not in SCHEMES or not isinstance(per_channel, bool):
+            raise InputError(f"scheme {scheme!r} with per_channel {per_channel!r} is no int8 form; give dynamic or static, true or false")
+        if not isinstance(products, list) or not all(isinstance(name, str) for name in products):
+            raise InputError("the int8 form names no products; give the list of the names of the nodes that compute in integers")
+        if not isinstance(ranges, Mapping) or not all(_is_range(entry) for entry in ranges.values()):
+            raise InputError("the int8 form holds a range that is not a pair of finite numbers with the lower one first")
+        read = {str(name): Range(float(low), float(high)) for name, (low, high) in ranges.items()}
+        return cls(cast(Scheme, scheme), per_channel, tuple(products), read, dict(factors or {}))
+
+    def describe(self) -> str:
+        """The kind of int8 in a few words, for people."""
+        return f"{self.scheme} activations, weights scaled per {'column' if self.per_channel else 'matrix'}"
+
+    def without(self, products: Iterable[str]) -> Int8Form:
+        """The same form with these products left in float."""
+        left = set(products)
+        return replace(self, products=tuple(name for name in self.products if name not in left))
+
+
+def _is_range(entry: object) -> bool:
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        return False
+    if not all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in entry):
+        return False
+    return math.isfinite(entry[0]) and math.isfinite(entry[1]) and entry[0] <= entry[1]
