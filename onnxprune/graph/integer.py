@@ -122,9 +122,10 @@ def _raised(model: Model, form: Int8Form) -> Model:
     proto.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large if t.name in hidden)
     try:
         converted = version_converter.convert_version(proto, needed)
-    except Exception as error:  # the converter raises bare RuntimeErrors
+    except Exception as error:  # the converter raises bare RuntimeErrors, which begin with a place in its source
+        reason = str(error).split("failed: ")[-1].strip()
         raise InputError(
-            f"the model is of opset {model.opset()}, this int8 form needs {needed}, and conversion failed ({str(error).strip()}); "
+            f"the model is of opset {model.opset()}, this int8 form needs {needed}, and conversion failed ({reason}); "
             f"export the model again at opset {needed} or later"
         ) from error
     inputs = [value for value in converted.graph.input if value.name not in hidden]
