@@ -79,13 +79,13 @@ def _scaled_weight(view: GraphView, node: Node, factor: np.ndarray) -> np.ndarra
 def _folded_norm(view: GraphView, tensor: str, readers: list[Node], factor: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
     """Scale and bias of the normalisation that makes ``tensor``, divided; empty if it is none, or somebody else reads its result."""
     norm = view.producer.get(tensor)
-    if norm is None or norm.op not in _NORMS or norm.domain or norm.outputs[0] != tensor or tensor in view.graph_outputs:
+    if norm is None or not _scaling_slots(view, norm) or norm.outputs[0] != tensor or tensor in view.graph_outputs:
         return {}
     smoothed = {node.index for node in readers}
     if any(node.index not in smoothed or slot != 0 for node, slot in view.consumers[tensor]):
         return {}
     changes = {}
-    for slot in _NORMS[norm.op]:
+    for slot in _scaling_slots(view, norm):
         name = norm.inputs[slot] if slot < len(norm.inputs) else ""
         if not name:
             continue
@@ -94,6 +94,15 @@ def _folded_norm(view: GraphView, tensor: str, readers: list[Node], factor: np.n
             return {}
         changes[norm.index, slot] = np.asarray(value / factor, value.dtype)
     return changes
+
+
+def _scaling_slots(view: GraphView, norm: Node) -> tuple[int, ...]:
+    """The inputs that scale and shift the result of a normalisation, or of the multiplication that one written in parts ends with."""
+    if norm.domain:
+        return ()
+    if norm.op == "Mul":
+        return tuple(slot for slot in (0, 1) if view.is_constant(norm.inputs[slot]))[:1]
+    return _NORMS.get(norm.op, ())
 
 
 def _divide(model: Model, divided: Mapping[str, tuple[np.ndarray, list[Node]]]) -> Model:
