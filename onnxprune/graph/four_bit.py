@@ -8,6 +8,7 @@ is not used, as importing it configures the logging of the whole process.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
@@ -80,6 +81,11 @@ def to_four_bit(model: Model, block: int = 32, products: Collection[str] | None 
     nodes = [new for index, node in enumerate(view.nodes) for new in replaced.get(index, [node.proto])]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+    # A weight that could be fed, as old files declare all of them, no longer decides the result.
+    rewritten = {weight for weight, _ in packed}
+    for index in reversed(range(len(proto.graph.input))):
+        if proto.graph.input[index].name in rewritten:
+            del proto.graph.input[index]
     if not model.opset(MICROSOFT):
         proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     return without_dead(model.with_proto(proto, weights)), len(chosen)
@@ -116,7 +122,7 @@ def _obstacle(view: GraphView, node: Node) -> str | None:
     return None
 
 
-def _product(node: Node, weight: tuple[str, str], attributes: dict[str, int], taken: set[str]) -> list[NodeProto]:
+def _product(node: Node, weight: tuple[str, str], attributes: dict[str, Any], taken: set[str]) -> list[NodeProto]:
     """The rewritten node, followed by an Add if it was a Gemm with a third operand."""
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
     output = _fresh(f"{node.outputs[0]}.product", taken) if bias else node.outputs[0]
