@@ -222,8 +222,10 @@ class _Splice:
     def replace(self, products: list[Node], result: onnx.ModelProto) -> None:
         """All of a group stands where its first product stood, as what it reads is known there."""
         part = Model.from_proto(result)
+        # protobuf frees a message as a whole, so that a node taken from this one would keep its weights in memory.
+        skeleton = part.copy_proto().graph
         kept = {products[0].inputs[0], *(node.outputs[0] for node in products), ""}
-        for tensor in part.proto.graph.initializer:
+        for tensor in skeleton.initializer:
             name = self._tensor(tensor.name, kept)
             if name not in self.initializers:
                 if tensor.name in part.weights:
@@ -235,7 +237,7 @@ class _Splice:
             self.nodes[node.index] = []
             self.node_names.discard(node.name)
         placed = self.nodes[products[0].index]
-        for made in part.proto.graph.node:
+        for made in skeleton.node:
             made.input[:] = [self._tensor(name, kept) for name in made.input]
             made.output[:] = [self._tensor(name, kept) for name in made.output]
             if made.op_type == "MatMulInteger":
