@@ -26,9 +26,9 @@ from onnxprune.runtime.session import open_session, run
 from tests import zoo
 from tests.graph.net import FFN, WIDTH, Net
 
-TOLERANCE = 0.05
-"""Relative L2 error of an output. Two rounding errors of at most 1/255 of the range a product, against values that fill a third of it,
-make about one per cent a product; eighteen products in a row, of independent errors, stay below five."""
+TOLERANCE = 0.1
+"""Relative L2 error of an output. The worst of the exports comes to half of it, as sharp random attention amplifies rounding; a wrong
+scale, zero point or orientation makes an error of about one. That single products are exact is tested apart."""
 
 PRODUCTS = {"bert": (4, 2), "minilm": (4, 2), "vit": (4, 2), "deit": (4, 2), "gpt2": (2, 2), "llama": (4, 3)}
 """Products of an attention block and of an FFN, as exported."""
@@ -173,6 +173,22 @@ def test_weights_on_the_grid_become_exactly_their_integers(scheme: str, per_chan
         found = [array for array in quantised.weights.values() if array.dtype == np.int8]
         assert len(found) == 1
         np.testing.assert_array_equal(found[0], integers)
+
+
+@pytest.mark.parametrize(("scheme", "per_channel"), FORMS)
+def test_a_product_computes_what_its_integers_stand_for(scheme: str, per_channel: bool) -> None:
+    rng = np.random.default_rng(0)
+    integers = rng.integers(-63, 64, (64, 48))
+    # Pairs of products of these stay within 16 bits, so that processors which saturate there agree.
+    integers[:2] = [[127], [0]]
+    scale = np.linspace(0.001, 0.01, 48 if per_channel else 1, dtype=np.float32)
+    x = rng.uniform(-0.7, 1.9, (9, 64)).astype(np.float32)
+    model = gemm("MatMul", (integers * scale).astype(np.float32))
+    (got,) = run(open_session(to_int8(model, form_of(model, scheme, per_channel, [{"x": x}]))), {"x": x})
+    step, zero = uint8_parameters(float(x.min()), float(x.max()))
+    levels = np.clip(np.rint(x / step) + zero, 0, 255) - zero
+    want = (levels.astype(np.int64) @ integers) * (np.float64(step) * scale)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
 def gemm(op: str, weights: np.ndarray, **attributes: float) -> Model:
