@@ -15,7 +15,6 @@ from onnx import TensorProto, helper
 
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model, placeholder
-from onnxprune.graph.surgery import Surgeon
 from onnxprune.graph.view import GraphView, Node, captured
 from onnxprune.runtime.session import open_session, require_onnxruntime
 
@@ -38,12 +37,14 @@ def to_float16(model: Model) -> tuple[Model, int]:
         the converted model, and how many of its nodes compute in float16; the model itself if none does.
 
     Raises:
-        InputError: the graph is not valid ONNX, or the converter cannot process it.
+        InputError: the graph is not valid ONNX or has weights in half precision already, or the converter cannot process it.
         RuntimeUnavailable: onnxruntime is not installed.
     """
     require_onnxruntime()
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    if any(tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) and tensor.dims for tensor in model.proto.graph.initializer):
+        raise InputError("the model has half-precision weights already; convert the float32 model")
     named = _named(model)
     view = GraphView(named)
     kept = _kept(view, frozenset(DEFAULT_OP_BLOCK_LIST))
@@ -65,8 +66,8 @@ def to_float16(model: Model) -> tuple[Model, int]:
     except Exception as error:  # the converter states its assumptions as assertions
         raise InputError(f"onnxruntime's float16 converter cannot process the graph: {error!r}") from error
     _restore(converted, named, halved)
-    result = named.with_proto(converted, {name: _half(named.weights[name]) for name in halved})
-    return Surgeon(result).close(), len(rounded)  # casts were appended at the end: close sorts
+    _sort(converted.graph)
+    return named.with_proto(converted, {name: _half(named.weights[name]) for name in halved}), len(rounded)
 
 
 def _named(model: Model) -> Model:
@@ -85,7 +86,7 @@ def _kept(view: GraphView, refused: frozenset[str]) -> set[int]:
     kept = {node.index for node in view.nodes if node.op in refused}
     for node in view.nodes:
         if node.op in ("Cos", "Sin") and not node.domain:
-            kept |= {node.index} | view.ancestors(node.inputs)
+            kept |= {node.index} | _angle(view, node)
         elif _is_root(view, node):
             kept |= _under(view, node) | ({node.index} if _under(view, node) or node.op == "ReduceL2" else set())
             if node.index in kept:
@@ -94,6 +95,18 @@ def _kept(view: GraphView, refused: frozenset[str]) -> set[int]:
         if node.op == "Constant" and all(reader.index in kept for reader, _ in view.consumers.get(node.outputs[0], ())):
             kept.add(node.index)
     return kept
+
+
+def _angle(view: GraphView, node: Node) -> set[int]:
+    """The nodes that compute the argument of a sine or cosine. Sizes are no part of it, and what is measured for them even less."""
+    found: set[int] = set()
+    pending = list(node.inputs)
+    while pending:
+        maker = view.producer.get(pending.pop())
+        if maker is not None and maker.index not in found and maker.op not in ("Shape", "Size"):
+            found.add(maker.index)
+            pending.extend(name for name in maker.inputs if name)
+    return found
 
 
 def _scalar(view: GraphView, name: str) -> float | None:
@@ -189,7 +202,7 @@ def _is_inner(view: GraphView, kept: set[int], name: str) -> bool:
 
 
 def _restore(converted: onnx.ModelProto, model: Model, halved: Iterable[str]) -> None:
-    """Put the initializers and input declarations of ``model`` back (in place), in their order and new types."""
+    """Put the initializers and input declarations of ``model`` back with their new types, and forget the types of tensors (in place)."""
     graph, new = converted.graph, set(halved)
     inline = {tensor.name: tensor for tensor in graph.initializer}
     initializers = []
@@ -208,9 +221,30 @@ def _restore(converted: onnx.ModelProto, model: Model, halved: Iterable[str]) ->
         if value.name in types:
             value.type.tensor_type.elem_type = types[value.name]
         inputs.append(value)
-    del graph.initializer[:], graph.input[:]
+    del graph.initializer[:], graph.input[:], graph.value_info[:]
     graph.initializer.extend(initializers)
     graph.input.extend(inputs)
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Move the casts that the converter appended to where they are needed first; other nodes keep their order (in place)."""
+    producer = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    order: dict[int, None] = {}
+
+    def emit(index: int) -> None:
+        node = graph.node[index]
+        # Nodes of the original graph stand in order: what is missing is a cast, or the cast of a cast.
+        for name in (*node.input, *sorted(captured(node))):
+            if name in producer and producer[name] not in order:
+                emit(producer[name])
+        order[index] = None
+
+    for index in range(len(graph.node)):
+        if index not in order:
+            emit(index)
+    nodes = [onnx.NodeProto.FromString(graph.node[index].SerializeToString()) for index in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _half(array: np.ndarray) -> np.ndarray:
