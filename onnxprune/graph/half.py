@@ -127,7 +127,7 @@ def _is_square(view: GraphView, node: Node) -> bool:
 
 
 def _under(view: GraphView, root: Node) -> set[int]:
-    """The nodes from the square of an activation up to its root; none if there is no square."""
+    """The nodes from the square of an activation, and its centring, up to the root; none if there is no square."""
     found: set[int] = set()
     squared = False
     pending = [root.inputs[0]]
@@ -137,11 +137,20 @@ def _under(view: GraphView, root: Node) -> set[int]:
             continue
         if _is_square(view, node):
             squared = True
-            found.add(node.index)
+            found |= {node.index} | _centring(view, node.inputs[0])
         elif node.op in _UNDER_ROOT:
             found.add(node.index)
             pending.extend(name for name in node.inputs if name)
     return found if squared else set()
+
+
+def _centring(view: GraphView, name: str) -> set[int]:
+    """The subtraction that makes a tensor, and the mean it subtracts: a sum over a row of float16 may not fit in float16."""
+    difference = view.producer.get(name)
+    if difference is None or difference.op != "Sub" or difference.domain:
+        return set()
+    mean = view.producer.get(difference.inputs[1])
+    return {difference.index} | ({mean.index} if mean is not None and mean.op == "ReduceMean" else set())
 
 
 def _over(view: GraphView, root: Node) -> Iterator[int]:

@@ -143,10 +143,11 @@ def test_rounding_error_is_that_of_four_bits() -> None:
     assert 0.9 < error / (2 / 15 / 12**0.5) < 1.05
 
 
-def test_weights_on_the_grid_are_kept_exactly() -> None:
+@pytest.mark.parametrize("longer_side", [-8, 8])
+def test_weights_on_the_grid_are_kept_exactly(longer_side: int) -> None:
     rng = np.random.default_rng(0)
-    steps = rng.integers(-8, 8, (64, 6))
-    steps[0] = steps[32] = -8
+    steps = rng.integers(-7, 8, (64, 6))
+    steps[0] = steps[32] = longer_side
     matrix = (steps * np.float32(0.25)).astype(np.float32)
     matrix[:, 3] = 0
     model, _ = to_four_bit(product(matrix))
