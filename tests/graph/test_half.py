@@ -61,7 +61,7 @@ def test_every_export_stays_close(name: str) -> None:
 
 def rms_norm(net: Net, x: str) -> str:
     mean = net("ReduceMean", net("Pow", x, net.constant(np.float32(2))), net.ints(-1), keepdims=1)
-    root = net("Sqrt", net("Add", mean, net.constant(np.float32(1e-6))))
+    root = net("Sqrt", net("Add", mean, net.constant(np.float32(1e-12))))
     return str(net("Mul", net.weight(WIDTH), net("Mul", x, net("Reciprocal", root))))
 
 
