@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ from onnxprune.graph.slicing import slice_model
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish
-from onnxprune.passes.manager import HELD_BACK, MISS, Decision, Settings, decide, understand
-from onnxprune.passes.rounds import Progress, Recipe
+from onnxprune.passes.base import exact
+from onnxprune.passes.int8 import Int8Choice
+from onnxprune.passes.manager import HELD_BACK, MISS, Decision, decide
+from onnxprune.passes.rounds import Progress, Recipe, dense_student
+from onnxprune.passes.scope import Settings, understand
 from onnxprune.record import leave, model_facts, new_record
 from onnxprune.request import examples, made_up, request_feeds
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
@@ -84,6 +87,8 @@ def settings(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     purpose: Purpose | None = None,
     finishing: bool = True,
+    int8: Int8Choice = "auto",
+    uniform: bool = False,
 ) -> Settings:
     """Check options and put them into one value.
 
@@ -96,6 +101,8 @@ def settings(
         raise InputError(f"give one target, not {len(targets)}: {', '.join(map(str, targets))}")
     if importance not in CRITERIA:
         raise InputError(f"unknown importance {importance!r}; known: {', '.join(CRITERIA)}")
+    if int8 not in ("auto", "dynamic", "static"):
+        raise InputError(f"unknown int8 scheme {int8!r}; known: auto, dynamic, static")
     if compensation not in ("refit", "scale", "none"):
         raise InputError(f"unknown compensation {compensation!r}; known: refit, scale, none")
     for name, value, least in (("samples", samples, 8), ("rounds", rounds, 1), ("threads", threads, 0)):
@@ -111,11 +118,12 @@ def settings(
         max_drop=parse_share(max_drop, "--max-drop"),
         output=output_name,
         loss=loss,
-        recipe=Recipe(importance=importance, compensation=compensation, rounds=rounds, seed=seed),
+        recipe=Recipe(importance=importance, compensation=compensation, rounds=rounds, seed=seed, uniform=uniform),
         runtime=RuntimeOptions(provider=provider, threads=threads),
         input_shapes={name: tuple(shape) for name, shape in (input_shapes or {}).items()},
         purpose=purpose,
         finishing=finishing,
+        int8=int8,
     )
 
 
@@ -215,9 +223,10 @@ def prune(
     measured = None
     if bench_seconds > 0:
         tell("benchmark", 0, 1)
-        variants = {"file as given": given if given.source is None or given.source.path is None else given.source.path}
-        variants["finished original"] = finish(known.anatomy.model, known.rewrites)
-        variants["pruned"] = written if written is not None else result
+        chain = _chain(decision)
+        record["chain"] = _losses(chain, decision, chosen, comparison)
+        variants: dict[str, Any] = {"file as given": given if given.source is None or given.source.path is None else given.source.path}
+        variants |= chain | {_final_name(decision): written if written is not None else result}
         measured = benchmark(variants, decision.request, options=chosen.runtime, seed=chosen.recipe.seed, max_seconds=bench_seconds)
         record["benchmark"] = measured.as_dict()
         tell("benchmark", 1, 1)
@@ -387,20 +396,51 @@ def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str
             "this is a defect of onnxprune: no model was written, please report it with onnxprune inspect --json",
             record,
         )
-    _same(decision, result, rows, chosen)
+    _same(decision, rows, chosen)
     comparison = compare(decision.study.given, result, decision.held_back, decision.objective, chosen.runtime, chosen.recipe.seed)
     record["verification"]["against_original"] = comparison.as_dict()
     return fidelity, comparison
 
 
-def _same(decision: Decision, result: Model, rows: CalibrationData, chosen: Settings) -> None:
-    """The finished model computes what the search judged: finishing and replaying the plan changed nothing."""
+def _same(decision: Decision, rows: CalibrationData, chosen: Settings) -> None:
+    """In float, the finished model computes what the search judged: finishing and replaying the plan changed nothing."""
+    in_float = execute(decision.study.anatomy, replace(decision.plan, rewrites=exact(decision.plan.rewrites), int8=None))
     judged = stream(decision.student.model, rows, [decision.objective.output], options=chosen.runtime)
-    finished = stream(result, rows, [decision.objective.output], options=chosen.runtime)
+    finished = stream(in_float, rows, [decision.objective.output], options=chosen.runtime)
     for (_, a), (_, b) in zip(judged, finished, strict=True):
         x, y = a[decision.objective.output], b[decision.objective.output]
         if not np.allclose(x, y, rtol=1e-3, atol=TOLERANCE * float(np.abs(x).max())):
             raise GateError("the finished model differs from the one the search judged: a defect of onnxprune; no model was written")
+
+
+def _final_name(decision: Decision) -> str:
+    """What the benchmark calls the model that is shipped: "pruned + int8", "pruned", "int8", "finished copy"."""
+    pruned = any(decision.plan.removed.values())
+    numbers = [name for name in decision.plan.rewrites if name not in exact(decision.plan.rewrites)]
+    return " + ".join((["pruned"] if pruned else []) + numbers) or "finished copy"
+
+
+def _chain(decision: Decision) -> dict[str, Model]:
+    """What lies between the file as given and the one that is shipped, step by step: finished, then pruned, then in other numbers."""
+    anatomy, plan = decision.study.anatomy, decision.plan
+    rewrites = exact(plan.rewrites)
+    steps = {"finished original": finish(anatomy.model, rewrites)}
+    if plan.rewrites != rewrites and any(plan.removed.values()):
+        if plan.int8 is not None:
+            shipping = decision.shipping
+            steps["int8"] = shipping.ship(dense_student(anatomy, decision.study.sites))
+        steps["pruned"] = execute(anatomy, replace(plan, rewrites=rewrites, int8=None))
+    return steps
+
+
+def _losses(chain: Mapping[str, Model], decision: Decision, chosen: Settings, final: Comparison) -> dict[str, Any]:
+    """Every step against the file as given, on held-back rows."""
+    found = {
+        name: compare(decision.study.given, model, decision.held_back, decision.objective, chosen.runtime, chosen.recipe.seed)
+        for name, model in chain.items()
+        if name != "finished original"
+    }
+    return {name: result.as_dict() for name, result in {**found, _final_name(decision): final}.items()}
 
 
 def _judged(data: CalibrationData, chosen: Settings) -> CalibrationData:

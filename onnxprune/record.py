@@ -14,7 +14,8 @@ import numpy as np
 
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import Model, atomic_file
-from onnxprune.passes.manager import MISS, Decision, Settings, summary
+from onnxprune.passes.manager import MISS, Decision, summary
+from onnxprune.passes.scope import Settings
 from onnxprune.runtime.environment import describe
 
 
@@ -72,7 +73,14 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
         "sites": summary(decision.study.sites, decision.plan),
         "compensation": [asdict(fit) for fit in decision.fits],
         "search": list(decision.trail),
-        "refusals": [refusal.as_dict() for refusal in decision.study.refusals],
+        "finishing": [part.as_dict() for part in decision.shipping.parts],
+        "int8": {
+            "scheme": str(decision.shipping.scheme) if decision.plan.int8 else None,
+            "trials": [trial.as_dict() for trial in decision.shipping.trials],
+            "groups": [group.as_dict() for group in decision.shipping.groups],
+            "float": sorted(decision.shipping.floats),
+        },
+        "refusals": [refusal.as_dict() for refusal in decision.refusals],
         "plan_sha256": decision.plan.sha256,
         "gates": [],
         "output": None,

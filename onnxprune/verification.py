@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def compare(
 ) -> Comparison:
     """Compare two models on all rows of ``data``; padding and ignored labels do not count."""
     columns: dict[str, list[np.ndarray]] = {}
-    size = _rows(objective, data)
+    size = rows_per_run(objective, data)
     first = stream(original, data, [objective.output], options=options, rows=size)
     second = stream(model, data, [objective.output], options=options, rows=size)
     for (batch, a), (_, b) in zip(first, second, strict=True):
@@ -116,7 +116,7 @@ def compare(
             raise InputError(f"output {objective.output!r} has shape {list(after.shape)}, the original's has {list(before.shape)}")
         if not np.isfinite(after).all() and np.isfinite(before).all():
             raise GateError(f"output {objective.output!r} is not finite where the original's is")
-        for name, values in _per_sample(batch, before, after, objective).items():
+        for name, values in per_sample(batch, before, after, objective).items():
             columns.setdefault(name, []).append(values[batch.valid])
     rows = {name: np.concatenate(parts) for name, parts in columns.items()}
     labelled = rows.pop("labelled", None)
@@ -128,13 +128,36 @@ def compare(
     return Comparison(len(data), objective.output, **means)
 
 
-def _rows(objective: Objective, data: CalibrationData) -> int:
+def rows_per_run(objective: Objective, data: CalibrationData) -> int:
     """Rows per run: a score for every word of a vocabulary at every token is large, and compared in float64."""
     tokens = data.token_mask.shape[1] if objective.token_level and data.token_mask is not None else 1
     return int(np.clip(_OUTPUT_VALUES // max((objective.width or 1) * tokens, 1), 1, DEFAULT_ROWS))
 
 
-def _per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: Objective) -> Mapping[str, np.ndarray]:
+class Yardstick:
+    """The divergence of many models from one: its outputs on the rows are computed once, and kept."""
+
+    def __init__(self, original: Model, rows: CalibrationData, objective: Objective, options: RuntimeOptions) -> None:
+        self.rows, self.objective, self.options = rows, objective, options
+        self._known = [values[objective.output].astype(np.float64) for _, values in self._run(original)]
+
+    def __call__(self, model: Model) -> float:
+        """Mean KL divergence of the outputs of ``model``, for vectors 1 - cosine; infinite if they are not finite."""
+        total, count = 0.0, 0
+        for before, (batch, values) in zip(self._known, self._run(model), strict=True):
+            found = per_sample(batch, before, values[self.objective.output].astype(np.float64), self.objective)
+            error = found["kl"] if "kl" in found else 1 - found["cosine"]
+            total += float(error[batch.valid].sum())
+            count += int(batch.valid.sum())
+        return total / count if np.isfinite(total) else float("inf")
+
+    def _run(self, model: Model) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        size = rows_per_run(self.objective, self.rows)
+        return stream(model, self.rows, [self.objective.output], options=self.options, rows=size)
+
+
+def per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: Objective) -> Mapping[str, np.ndarray]:
+    """How far two outputs are apart, float64 [rows] by measure."""
     weight = np.ones(before.shape[:-1])
     if batch.token_mask is not None and batch.token_mask.shape == weight.shape:
         weight = weight * batch.token_mask

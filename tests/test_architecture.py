@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "importance": {"errors"},
     "compensate": {"errors"},
     "quantize": {"errors"},
-    "search": {"errors", "runtime", "graph", "calibration"},
+    "search": {"errors", "runtime", "graph", "calibration", "quantize"},
     "verification": _BASE,
     "request": _BASE,
     "passes": _DECIDE | {"verification", "request"},

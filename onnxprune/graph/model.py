@@ -39,6 +39,8 @@ _WEIGHT_TYPES = frozenset(
         TensorProto.INT64,
     }
 )
+_FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+_INTEGERS = frozenset({TensorProto.INT8, TensorProto.UINT8})
 _PLACEHOLDER = "onnxprune-weights"
 
 
@@ -115,11 +117,11 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Number of floating-point initializer elements."""
+        """Number of weights: floating-point initializer elements, and integer ones of a matrix."""
         return sum(
             int(np.prod(tensor.dims, dtype=np.int64))
             for tensor in self.proto.graph.initializer
-            if tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+            if tensor.data_type in _FLOATS or (tensor.data_type in _INTEGERS and len(tensor.dims) > 1)
         )
 
     @property

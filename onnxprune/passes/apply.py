@@ -11,18 +11,27 @@ from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.canonical import with_fresh_shapes
 from onnxprune.graph.cutting import replace_constants
+from onnxprune.graph.integer import to_int8
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.view import GraphView
 from onnxprune.passes.base import RewritePass, select
+from onnxprune.quantize.form import Int8Form
 from onnxprune.search.plan import Changes, Plan
 
 
-def finish(model: Model, rewrites: Sequence[str]) -> Model:
-    """Run the rewrite passes, then infer shapes anew."""
+def finish(model: Model, rewrites: Sequence[str], form: Int8Form | None = None) -> Model:
+    """Run the rewrites in order, integers where ``rewrites`` says so, then infer shapes anew.
+
+    Args:
+        form: how int8 is done, if it is; products that the model does not have (any more) are passed over.
+    """
     for item in select(rewrites) if rewrites else ():
-        assert isinstance(item, RewritePass)
-        model, _ = item.apply(model)
+        if isinstance(item, RewritePass):
+            model, _ = item.apply(model)
+        elif form is not None and form.products:
+            present = {node.name for node in model.proto.graph.node}
+            model = to_int8(model, form.without(set(form.products) - present))
     return with_fresh_shapes(model)
 
 
@@ -49,7 +58,7 @@ def execute(anatomy: Anatomy, plan: Plan) -> Model:
             found = units.get(site, "no such site")
             raise InputError(f"the plan expects {count} units at {site}, the model has {found}; it was made for another file")
     kept = {site: np.array(indices, np.int64) for site, indices in plan.kept.items()}
-    model = finish(install(slice_model(anatomy, kept), plan.changes), plan.rewrites)
+    model = finish(install(slice_model(anatomy, kept), plan.changes), plan.rewrites, plan.int8)
     return _stamp(model, plan)
 
 

@@ -1,4 +1,8 @@
-"""What a pass is: a width pass offers sites to the one search, a rewrite pass changes the finished graph without changing its meaning."""
+"""What a pass is.
+
+A width pass offers sites to the one search, the integer pass decides which products compute in int8, and a rewrite pass changes the
+finished graph: exact ones keep its meaning, the others compute it in other numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from enum import IntEnum
 from typing import Literal
 
 from onnxprune.errors import InputError
@@ -26,18 +31,42 @@ class WidthPass:
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration", "gradients")
 
 
+class Stage(IntEnum):
+    """When a rewrite runs: integers are made of standard operators, which a fusion into the runtime's own would hide from the quantizer."""
+
+    STANDARD = 0
+    NUMBERS = 1
+    FUSED = 2
+
+
 @dataclass(frozen=True)
 class RewritePass:
-    """``apply`` returns the rewritten model and how many places changed; the outputs stay the same up to rounding."""
+    """``apply`` returns the rewritten model and how many places changed.
+
+    ``exact``: the outputs stay the same up to rounding. ``finishing``: providers on which every run tries it, and keeps it if it is faster.
+    """
 
     name: str
     apply: Callable[[Model], tuple[Model, int]]
     summary: str
     detail: str
+    stage: Stage = Stage.STANDARD
+    exact: bool = True
+    finishing: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
 
-Pass = WidthPass | RewritePass
+@dataclass(frozen=True)
+class IntegerPass:
+    """Lets products compute in int8; which ones, and how, is decided by measurement and stands in the plan."""
+
+    name: str
+    summary: str
+    detail: str
+    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
+
+
+Pass = WidthPass | RewritePass | IntegerPass
 
 
 @cache
@@ -45,12 +74,14 @@ def registry() -> Mapping[str, Pass]:
     """All passes by name: the built-in ones, then those that installed packages offer as entry points of group ``onnxprune.passes``."""
     from onnxprune.passes.ffn import FFN
     from onnxprune.passes.heads import HEADS
-    from onnxprune.passes.residual_sum import RESIDUAL_SUM
+    from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
+    from onnxprune.passes.numbers import FP16, INT4, INT8
 
-    found: dict[str, Pass] = {item.name: item for item in (HEADS, FFN, RESIDUAL_SUM)}
+    built_in = (HEADS, FFN, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()
-        if not isinstance(item, WidthPass | RewritePass):
+        if not isinstance(item, WidthPass | RewritePass | IntegerPass):
             raise InputError(f"entry point {entry.name} of {entry.dist} is not an onnxprune pass")
         found.setdefault(item.name, item)
     return found
@@ -72,3 +103,25 @@ def select(names: Iterable[str]) -> tuple[Pass, ...]:
     if not chosen:
         raise InputError(f"no pass named; known passes: {', '.join(known)}")
     return tuple(chosen)
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Rewrites in the order in which they run: by stage, then as the registry lists them."""
+    known = {name: position for position, name in enumerate(registry())}
+
+    def key(name: str) -> tuple[int, int]:
+        item = registry()[name]
+        return (item.stage if isinstance(item, RewritePass) else Stage.NUMBERS, known[name])
+
+    return tuple(sorted(dict.fromkeys(names), key=key))
+
+
+def finishing(provider: str) -> tuple[str, ...]:
+    """Rewrites that every run on ``provider`` tries."""
+    return ordered(name for name, item in registry().items() if isinstance(item, RewritePass) and provider in item.finishing)
+
+
+def exact(rewrites: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``rewrites`` that leave the numbers as they are."""
+    known = registry()
+    return tuple(name for name in rewrites if isinstance(item := known[name], RewritePass) and item.exact)

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.objective import LossSource, Objective, Purpose, Targets, check_labels_of, check_loss, choose_objective
-from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
-from onnxprune.graph.anatomy import Anatomy, Site, study
-from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.calibration.objective import Objective, Targets, check_labels_of, check_loss, choose_objective
+from onnxprune.errors import NothingPrunable, Refusal, TargetError
+from onnxprune.graph.anatomy import Site
 from onnxprune.graph.instrument import with_outputs
-from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
-from onnxprune.graph.slicing import Kept, slice_model
-from onnxprune.passes.apply import finish, install
-from onnxprune.passes.base import RewritePass, WidthPass, select
-from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, score
+from onnxprune.passes.base import ordered
+from onnxprune.passes.finishing import Part, choose_parts
+from onnxprune.passes.int8 import choose_scheme, timed
+from onnxprune.passes.precision import Tables, assign, measure_groups, most_sensitive
+from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, offers_of, score
+from onnxprune.passes.scope import Settings, Study
+from onnxprune.passes.shipping import Shipping
 from onnxprune.request import examples, request_feeds
-from onnxprune.runtime.measure import clock_for, in_turn, ratio, replicas, time_sessions
-from onnxprune.runtime.session import RuntimeOptions, open_session, run
-from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs
+from onnxprune.runtime.measure import clock_for, ratio, time_sessions
+from onnxprune.runtime.session import open_session, run
+from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs, shipped_bytes
 from onnxprune.search.plan import Plan, recipe_dict
-from onnxprune.search.target import Target
-from onnxprune.verification import Comparison, compare
+from onnxprune.verification import Comparison, Yardstick, compare
 
 log = logging.getLogger(__name__)
 
@@ -52,37 +50,12 @@ _OUTPUT_BYTES = 64_000_000
 HELD_BACK = 1024
 _AUTO_STEP = 0.82
 _AUTO_FLOOR = 0.08
+_JUDGES = 256
+_JUDGED = 128
+_SENSITIVITY_ROWS = 64
+_TRIAL_SHARE = 0.8
+_SENSITIVE_SHARES = (0.0, 0.125, 0.25, 0.5)
 _UNITS: dict[str, CostUnit] = {"latency": "ms", "macs": "macs", "params": "params", "size": "bytes"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for, in the words of the command line."""
-
-    passes: tuple[str, ...]
-    target: Target
-    keep: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    samples: int = 1024
-    max_drop: float | None = None
-    output: str | None = None
-    loss: LossSource = "sampled"
-    recipe: Recipe = field(default_factory=Recipe)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    purpose: Purpose | None = None
-    finishing: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """The model understood: canonical graph, sites in the scope of the passes, refusals, what to preserve."""
-
-    given: Model
-    anatomy: Anatomy
-    sites: tuple[Site, ...]
-    rewrites: tuple[str, ...]
-    refusals: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,64 +78,8 @@ class Decision:
     student: Student
     fits: tuple[Any, ...]
     trail: tuple[dict[str, Any], ...]
-
-
-def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarray] | None = None) -> Study:
-    """Canonicalise, find sites, apply the passes' scope and the keep/exclude patterns.
-
-    Raises:
-        InputError: a pattern matches nothing, an unknown pass, a model in a form that cannot be pruned.
-        NothingPrunable: no site of the kinds asked for.
-    """
-    check_float(given)
-    passes = select(settings.passes)
-    widths = [item for item in passes if isinstance(item, WidthPass)]
-    rewrites = [item.name for item in passes if isinstance(item, RewritePass)]
-    if settings.finishing and settings.runtime.provider == "cpu" and "residual-sum" not in rewrites:
-        rewrites.append("residual-sum")
-    canonical, profile = canonicalise(given, samples)
-    anatomy = study(canonical, profile)
-    kinds = {item.kind for item in widths}
-    found = [site for site in anatomy.sites if site.kind in kinds]
-    sites = _scope(found, settings)
-    refusals = tuple(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds))
-    if found and not sites:
-        raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
-    if widths and not sites:
-        raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
-    return Study(given, anatomy, tuple(sites), tuple(rewrites), refusals)
-
-
-def _concerns(refusal: Refusal, kinds: set[str]) -> bool:
-    return {"1": "heads", "2": "ffn"}.get(refusal.code[2], "") in kinds or refusal.code[2] not in "12"
-
-
-def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Refusal, ...]) -> str:
-    counts: dict[str, int] = {}
-    for node in anatomy.view.nodes:
-        counts[node.op] = counts.get(node.op, 0) + 1
-    common = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1])[:6])
-    found = f"the graph has {len(anatomy.view.nodes)} nodes ({common})"
-    others = sorted({site.kind for site in anatomy.sites} - kinds)
-    more = f"; it does have {', '.join(others)} sites: add them to --passes" if others else ""
-    reasons = "".join(f"\n  {refusal}" for refusal in refusals)
-    wanted = sorted(kinds)
-    return f"nothing to prune for {', '.join(wanted)}: {found} and none of it is a transformer block's {' or '.join(wanted)}{more}{reasons}"
-
-
-def _scope(sites: list[Site], settings: Settings) -> list[Site]:
-    """``--keep`` protects sites, ``--exclude`` does too: both are patterns on site names, and each must match something."""
-    protected: set[str] = set()
-    for option, patterns in (("--keep", settings.keep), ("--exclude", settings.exclude)):
-        for pattern in patterns:
-            try:
-                matched = {site.name for site in sites if re.search(pattern, site.name)}
-            except re.error as error:
-                raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
-            if not matched and sites:
-                raise InputError(f"{option} {pattern!r} matches no site; sites are named like {sites[0].name} (see onnxprune inspect)")
-            protected |= matched
-    return [site for site in sites if site.name not in protected]
+    shipping: Shipping
+    refusals: tuple[Refusal, ...]
 
 
 def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:
@@ -178,8 +95,6 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     Raises:
         TargetError: the target is below what any choice of units reaches.
     """
-    if not study_.sites:
-        raise InputError(f"--passes {','.join(settings.passes)} removes nothing: name heads, ffn or both; rewrites run along with them")
     return _Search(study_, data, settings, progress).run()
 
 
@@ -193,13 +108,16 @@ class _Search:
         check_labels_of(self.objective, data)
         self.calibration, self.held_back = split(data, settings)
         # What is chosen by looking at some rows must be reported on others.
-        middle = len(self.held_back) // 2 if settings.target.auto else 0
+        middle = len(self.held_back) // 2 if settings.target.auto else min(len(self.held_back) // 4, _JUDGES) if study_.integers else 0
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
         self.request = request_feeds(study_.given, data, settings.input_shapes)
         self.example = {name: array.shape for name, array in examples(data).items()}
         recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.provider, settings.recipe.align))
         self.bench = self._workbench(recipe)
+        self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
+        self.refusals = study_.refusals
+        self.shipping = self._shipping()
 
     def _workbench(self, recipe: Recipe) -> Workbench:
         anatomy = self.study.anatomy
@@ -219,28 +137,111 @@ class _Search:
         per_row = 4 * int(np.prod(request.get(self.objective.tensor, (1,))[1:], dtype=np.int64))
         return int(np.clip(_OUTPUT_BYTES // max(per_row, 1), 1, _BATCH_ROWS))
 
-    def build(self, kept: Kept) -> Model:
-        """The graph that would be shipped, uncompensated."""
-        return finish(slice_model(self.study.anatomy, kept), self.study.rewrites)
+    def _shipping(self) -> Shipping:
+        """Finishing rewrites that pay, and how int8 is done, both measured on the unpruned model."""
+        study_, settings = self.study, self.settings
+        model, options, seed = study_.anatomy.model, settings.runtime, settings.recipe.seed
+        rewrites: tuple[str, ...] = study_.rewrites
+        parts: tuple[Part, ...] = ()
+        if settings.finishing:
+            samples = [dict(batch.feeds) for batch in self.bench.batches[:2]]
+            self._tell("finishing", 0)
+            rewrites, parts = choose_parts(model, rewrites, self.request, options, seed, samples)
+            self._tell("finishing", 1)
+        shipping = Shipping(study_.anatomy, rewrites, self.calibration, options, parts)
+        if not study_.integers:
+            return shipping
+        yardstick = Yardstick(model, self.judges.take(slice(0, _JUDGED)), self.objective, options)
+        scheme, trials = choose_scheme(
+            model,
+            ordered((*rewrites, "int8")),
+            yardstick,
+            self.calibration,
+            self.request,
+            options,
+            choice=settings.int8,
+            seed=seed,
+            progress=self.bench.report("int8 schemes"),
+        )
+        if scheme is None:
+            best = max(trials, key=lambda trial: trial.speedup, default=None)
+            found = (
+                f"the best form tried ({best.scheme}) runs at {best.speedup:.2f}x of its speed" if best else "no product can be quantised"
+            )
+            self._refuse(
+                "OP401", f"int8 is not faster than float here: {found}", "deploy in float, or decide on the machine that will serve"
+            )
+            return replace(shipping, trials=trials)
+        groups = measure_groups(
+            study_.anatomy,
+            study_.sites,
+            scheme,
+            Yardstick(model, self.judges.take(slice(0, _SENSITIVITY_ROWS)), self.objective, options),
+            self.calibration,
+            self.request,
+            options,
+            self.bench.report("int8 sensitivity"),
+        )
+        return replace(shipping, scheme=scheme, trials=trials, groups=groups)
 
-    def ship(self, student: Student) -> Model:
-        return finish(install(slice_model(self.study.anatomy, student.kept), student.changes), self.study.rewrites)
+    def _refuse(self, code: str, reason: str, hint: str) -> None:
+        if not self.study.sites and not self.study.rewrites:
+            raise NothingPrunable(f"{code} {reason}; {hint}")
+        self.refusals = (*self.refusals, Refusal(code, "int8", reason, hint))
+
+    def _tell(self, what: str, done: int) -> None:
+        if self.progress:
+            self.progress(what, done, 1)
 
     def run(self) -> Decision:
         target = self.settings.target
-        table, given = self._costs()
+        tables, given = self._costs()
         goal = None if target.auto else target.absolute(given)
-        full = table.full
-        if goal is not None and full <= goal:
-            student = dense_student(self.bench)
-            return self._decision(student, table, given, full, goal, full, full, already_met=True)
-        if goal is not None and table.floor > goal:
-            self._impossible(table, given, goal)
+        full = tables.floats.full
+        if goal is not None and full <= goal and self.study.sites:
+            self.shipping = self.shipping.in_float()
+            return self._decision(self.dense, tables.floats, given, full, goal, full, full, already_met=True)
+        if goal is not None and min(tables.floats.floor, tables.integers.floor) > goal:
+            self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
         if goal is None:
+            table = tables.integers if self.shipping.scheme else tables.floats
             student, predicted, measured = self._auto(table, given)
         else:
-            student, table, predicted, measured = self._reach(table, given, goal)
+            table, first = self._precision(tables, goal)
+            student, table, predicted, measured = self._reach(table, given, goal, first)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
+
+    def _precision(self, tables: Tables, goal: float) -> tuple[CostTable, Scores | None]:
+        """Decide which products compute in integers for this goal; the table that follows, and the scores it took."""
+        if self.shipping.scheme is None:
+            return tables.floats, None
+        if tables.integers.unit != "ms":
+            return tables.integers, None
+        groups = self.shipping.groups
+        scores, factor = None, 0.0
+        if self.bench.sites:
+            scores = score(self.bench, self.dense, 1)
+            factor = self._error_of_saliency(tables.integers, goal, scores)
+        found = offers_of(self.bench, scores, timed=True) if scores else {}
+        offers = {name: (kept, factor * lost) for name, (kept, lost) in found.items()}
+        floats = assign(tables, groups, offers, {site.name: site.units for site in self.bench.sites}, goal)
+        if floats is None:
+            self._impossible(tables.integers, goal, goal)
+        self.shipping = self.shipping.with_floats(floats)
+        log.info("%d of %d products stay in float", len(floats), sum(len(group.products) for group in groups))
+        return tables.blend(groups, floats), scores
+
+    def _error_of_saliency(self, table: CostTable, goal: float, scores: Scores) -> float:
+        """Divergence per unit of saliency removed, from one cut in the region of the goal: then int8 and pruning are counted alike."""
+        budget = min(goal, table.fixed + _TRIAL_SHARE * (table.full - table.fixed))
+        kept = choose(self.bench, self.dense, scores, table, max(budget, table.floor))
+        assert kept is not None
+        lost = sum(
+            float(scores.saliency[site.name][np.setdiff1d(np.arange(site.units), kept[site.name])].sum()) for site in self.bench.sites
+        )
+        trial = cut(self.bench, kept)
+        yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
+        return yardstick(trial.model) / max(lost, 1e-30)
 
     def _impossible(self, table: CostTable, given: float, goal: float) -> NoReturn:
         words = {"ms": "ms", "macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}[table.unit]
@@ -251,25 +252,37 @@ class _Search:
             f"Ask for at least {math.ceil(100 * table.floor / given)}%, or allow more passes"
         )
 
-    def _costs(self) -> tuple[CostTable, float]:
+    def _costs(self) -> tuple[Tables, float]:
+        """Costs in float and, if there is a scheme, in integers; and what the file as given costs."""
         unit = _UNITS[self.settings.target.quantity]
+        in_float = self.shipping.in_float()
         if unit != "ms":
             table = counted_costs(self.study.anatomy, self.bench.sites, unit, self.request)
-            return table, table.full
+            if unit == "bytes" and self.shipping.scheme is not None:
+                return Tables(table, shipped_bytes(table, self.bench.sites, self.shipping.probe)), table.full
+            return Tables(table, table), table.full
+        table, given = self._timed(in_float, "cost table")
+        if self.shipping.scheme is None:
+            return Tables(table, table), given
+        integers, again = self._timed(self.shipping, "cost table of int8")
+        # Two measurements of one file: the second table is put on the scale of the first.
+        return Tables(table, integers.scaled(given / again)), given
+
+    def _timed(self, shipping: Shipping, what: str) -> tuple[CostTable, float]:
         return measured_costs(
             self.study.anatomy,
             self.bench.sites,
-            self.build,
+            shipping.probe,
             self.request,
             self.settings.runtime,
             seed=self.settings.recipe.seed,
             given=self.study.given,
-            progress=self.bench.report("cost table"),
+            progress=self.bench.report(what),
         )
 
-    def _reach(self, table: CostTable, given: float, goal: float) -> tuple[Student, CostTable, float, float]:
+    def _reach(self, table: CostTable, given: float, goal: float, first: Scores | None) -> tuple[Student, CostTable, float, float]:
         """Rounds to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
-        found = descend(self.bench, table, goal, self.bench.recipe.rounds)
+        found = descend(self.bench, table, goal, self.bench.recipe.rounds, first)
         if found is None:
             self._impossible(table, given, goal)
         student, before, scores = found
@@ -289,7 +302,7 @@ class _Search:
             if miss <= _ANCHORED or attempt == _REPEATS:
                 break
             table = table.scaled(measured / predicted)
-            again = self._again(before, scores, table, goal)
+            again = self._again(before, scores, table, goal) if scores.saliency else None
             if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
                 break
             student = again
@@ -305,10 +318,10 @@ class _Search:
         """Go down in steps while the judging rows allow it, then half a step more; step back if the other held-back rows disagree."""
         limit = self.settings.max_drop if self.settings.max_drop is not None else 0.01
         prunable = table.full - table.fixed
-        student, share = dense_student(self.bench), 1.0
-        passed: list[Student] = []
+        student, share = self.dense, 1.0
+        passed: list[Student] = [student] if self._integers_within(student, limit) or not self.bench.sites else []
         number = 0
-        while share * _AUTO_STEP >= _AUTO_FLOOR:
+        while self.bench.sites and share * _AUTO_STEP >= _AUTO_FLOOR:
             number += 1
             scores = score(self.bench, student, number)
             while share * _AUTO_STEP >= _AUTO_FLOOR and self._unchanged(
@@ -333,6 +346,20 @@ class _Search:
         chosen = passed[-1]
         return chosen, table.predict(chosen.counts), self._measure(chosen, given)
 
+    def _integers_within(self, student: Student, limit: float) -> bool:
+        """Leave the most sensitive products in float until the unpruned model in int8 loses no more than ``limit``; in the end, all."""
+        if self.shipping.scheme is None:
+            return False
+        for share in _SENSITIVE_SHARES:
+            if share:
+                groups = self.shipping.groups
+                self.shipping = self.shipping.with_floats(most_sensitive(groups, math.ceil(share * len(groups))))
+            if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
+                return True
+        self._refuse("OP402", f"int8 loses more than {100 * limit:g}% even with half of the products in float", "allow a larger --max-drop")
+        self.shipping = self.shipping.in_float()
+        return False
+
     def _unchanged(self, student: Student, scores: Scores, table: CostTable, budget: float) -> bool:
         kept = choose(self.bench, student, scores, table, budget)
         return kept is not None and all(len(kept[site]) == len(units) for site, units in student.kept.items())
@@ -342,31 +369,32 @@ class _Search:
         if kept is None:
             return None
         candidate = cut(self.bench, kept)
-        judged = self.judge(candidate, self.judges)
+        return candidate if self._acceptable(candidate, limit, f"auto {100 * share:.0f}%", table.predict(candidate.counts)) else None
+
+    def _acceptable(self, student: Student, limit: float, step: str, predicted: float | None) -> bool:
+        judged = self.judge(student, self.judges)
         name, loss = judged.loss
         # A count of hits on a few hundred rows is too noisy to steer by; the expected drop is not, and needs no labels.
         expected = judged.expected_drop.value if judged.drop is not None and judged.expected_drop is not None else 0.0
-        self._note(f"auto {100 * share:.0f}%", candidate, table.predict(candidate.counts), None, **{name: loss, "expected drop": expected})
-        return candidate if max(loss, expected) <= limit else None
+        self._note(step, student, predicted, None, **{name: loss, "expected drop": expected})
+        return max(loss, expected) <= limit
 
     def judge(self, student: Student, rows: CalibrationData) -> Comparison:
         settings = self.settings
-        return compare(self.study.given, self.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
+        return compare(self.study.given, self.shipping.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
 
     def _measure(self, student: Student, given: float) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
-        number = replicas(self.study.given.weight_bytes)
-        calls = {
-            name: in_turn([partial(run, open_session(model, self.settings.runtime), self.request) for _ in range(number)])
-            for name, model in (("given", self.study.given), ("pruned", self.ship(student)))
-        }
+        models = {"given": self.study.given, "pruned": self.shipping.ship(student)}
+        calls = {name: timed(model, self.request, self.settings.runtime) for name, model in models.items()}
         clock = clock_for(self.settings.runtime)
         timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=121, tolerance=0.004, max_seconds=20.0)
         return given * ratio(timings, "pruned", "given").median
 
-    def _note(self, step: str, student: Student, predicted: float, measured: float | None, **losses: float) -> None:
+    def _note(self, step: str, student: Student, predicted: float | None, measured: float | None, **losses: float) -> None:
         self.trail.append({"step": step, "kept": student.counts, "predicted": predicted, "measured": measured, **losses})
-        log.info("%s: predicted %.4g, measured %s %s", step, predicted, f"{measured:.4g}" if measured else "-", losses or "")
+        words = [f"{value:.4g}" if value else "-" for value in (predicted, measured)]
+        log.info("%s: predicted %s, measured %s %s", step, *words, losses or "")
 
     def _decision(
         self,
@@ -388,14 +416,15 @@ class _Search:
             version=__version__,
             input_sha256=source.sha256 if source else "",
             passes=settings.passes,
-            rewrites=self.study.rewrites,
+            rewrites=self.shipping.steps,
             kept={site: tuple(int(unit) for unit in units) for site, units in student.kept.items()},
             units={site.name: site.units for site in self.bench.sites},
             target=str(settings.target),
             predicted={table.unit: predicted},
             recipe={**recipe_dict(self.bench.recipe), "loss": settings.loss, "calibration_sha256": self.calibration.sha256},
             objective={"output": self.objective.output, "link": self.objective.link, "why": self.objective.why},
-            refusals=self.study.refusals,
+            refusals=self.refusals,
+            int8=self.shipping.form(student),
             example={name: tuple(shape) for name, shape in self.example.items()},
             changes=student.changes,
         )
@@ -416,6 +445,8 @@ class _Search:
             student,
             student.fits,
             tuple(self.trail),
+            self.shipping,
+            self.refusals,
         )
 
 

@@ -7,7 +7,7 @@ with labels drawn from the dense teacher, and cuts the prunable cost by the same
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,13 +39,14 @@ More helps where class rows are many for the width (a small ViT: KL -40 % agains
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to decide. ``align``: FFN widths are multiples of this when the cost is measured time."""
+    """How to decide. ``align``: FFN widths are multiples of this when the cost is measured time; ``uniform``: all layers keep equal numbers."""
 
     importance: str = "fisher"
     compensation: str = "refit"
     rounds: int = 4
     align: int = 16
     seed: int = 0
+    uniform: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +89,9 @@ class Scores:
     gradients: dict[str, np.ndarray] | None = None
 
 
-def dense_student(bench: Workbench) -> Student:
-    return Student({site.name: np.arange(site.units) for site in bench.sites}, bench.anatomy.model)
+def dense_student(anatomy: Anatomy, sites: Sequence[Site]) -> Student:
+    """The unpruned model."""
+    return Student({site.name: np.arange(site.units) for site in sites}, anatomy.model)
 
 
 def score(bench: Workbench, student: Student, draw: int) -> Scores:
@@ -112,7 +114,7 @@ def score(bench: Workbench, student: Student, draw: int) -> Scores:
 def choose(bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float) -> dict[str, np.ndarray] | None:
     """Units to keep within ``budget`` (total cost, as ``table`` counts it); None if no choice fits."""
     room = budget - table.fixed
-    if table.unit == "ms":
+    if table.unit == "ms" or bench.recipe.uniform:
         positions = _by_knapsack(bench, scores, table, room)
     else:
         positions = _by_price(bench, scores, table, room)
@@ -139,21 +141,46 @@ def _by_price(bench: Workbench, scores: Scores, table: CostTable, room: float) -
 
 
 def _by_knapsack(bench: Workbench, scores: Scores, table: CostTable, room: float) -> dict[str, np.ndarray] | None:
-    offers, sizes, orders = [], [], []
+    offers = offers_of(bench, scores, timed=table.unit == "ms")
+    if bench.recipe.uniform:
+        sizes = _uniform_sizes(bench, offers, table, room)
+    else:
+        picked = solve([Options(table.curves[name][kept], lost) for name, (kept, lost) in offers.items()], room)
+        sizes = None if picked is None else {name: int(offers[name][0][option]) for name, option in zip(offers, picked, strict=True)}
+    if sizes is None:
+        return None
+    return {name: np.sort(np.argsort(-scores.saliency[name], kind="stable")[:size]) for name, size in sizes.items()}
+
+
+def offers_of(bench: Workbench, scores: Scores, *, timed: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What each site offers: (numbers of units kept, saliency lost with each). Timed widths come in steps that the runtime pays for."""
+    offers = {}
     for site in bench.sites:
-        saliency = scores.saliency[site.name]
-        order = np.argsort(-saliency, kind="stable")
+        saliency = np.sort(scores.saliency[site.name])
         count = len(saliency)
-        step = bench.recipe.align if site.kind == "ffn" and table.unit == "ms" else 1
+        step = bench.recipe.align if site.kind == "ffn" and timed else 1
         kept = np.unique(np.concatenate([np.arange(0, count + 1, step), [count]]))
-        lost = np.concatenate([[0.0], np.cumsum(saliency[order][::-1])])[::-1]
-        offers.append(Options(table.curves[site.name][kept], lost[kept]))
-        sizes.append(kept)
-        orders.append(order)
-    picked = solve(offers, room)
+        offers[site.name] = kept, np.concatenate([[0.0], np.cumsum(saliency)])[count - kept]
+    return offers
+
+
+def _uniform_sizes(
+    bench: Workbench, offers: Mapping[str, tuple[np.ndarray, np.ndarray]], table: CostTable, room: float
+) -> dict[str, int] | None:
+    """One number of units for all sites alike: the same knapsack, with all sites of a kind and size as one."""
+    alike: dict[tuple[str, int], list[str]] = {}
+    for site in bench.sites:
+        alike.setdefault((site.kind, len(offers[site.name][0])), []).append(site.name)
+    together = [
+        Options(
+            np.sum([table.curves[name][offers[name][0]] for name in names], axis=0), np.sum([offers[name][1] for name in names], axis=0)
+        )
+        for names in alike.values()
+    ]
+    picked = solve(together, room)
     if picked is None:
         return None
-    return {site.name: np.sort(orders[i][: sizes[i][picked[i]]]) for i, site in enumerate(bench.sites)}
+    return {name: int(offers[name][0][option]) for names, option in zip(alike.values(), picked, strict=True) for name in names}
 
 
 def cut(bench: Workbench, kept: Kept) -> Student:
@@ -191,22 +218,31 @@ def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
     return weigh
 
 
-def descend(bench: Workbench, table: CostTable, budget: float, rounds: int) -> tuple[Student, Student, Scores] | None:
-    """k rounds from the dense model to ``budget``.
+def descend(
+    bench: Workbench, table: CostTable, budget: float, rounds: int, first: Scores | None = None
+) -> tuple[Student, Student, Scores] | None:
+    """k rounds from the dense model to ``budget``; none if that needs nothing removed.
+
+    Args:
+        first: scores of the dense model, if they are known.
 
     Returns:
         (final student, the student before the last cut, its scores): the last two allow another last cut without scoring again.
         None if the budget cannot be met.
     """
-    student = dense_student(bench)
+    student = dense_student(bench.anatomy, bench.sites)
+    if table.full <= budget:
+        return student, student, Scores({})
     prunable = table.full - table.fixed
+    if not prunable:
+        return None
     share = (budget - table.fixed) / prunable
     if share <= 0 and budget < table.floor:
         return None
     before, scores = student, Scores({})
     for number in range(1, rounds + 1):
         goal = table.fixed + prunable * max(share, 1e-9) ** (number / rounds) if number < rounds else budget
-        before, scores = student, score(bench, student, number)
+        before, scores = student, first if number == 1 and first is not None else score(bench, student, number)
         kept = choose(bench, student, scores, table, max(goal, table.floor))
         if kept is None:
             return None

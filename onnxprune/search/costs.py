@@ -77,6 +77,16 @@ def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds
     return CostTable(unit, total - sum(float(curve[-1]) for curve in curves.values()), curves)
 
 
+def shipped_bytes(floats: CostTable, sites: Sequence[Site], build: Callable[[Kept], Model]) -> CostTable:
+    """Bytes of the graph that is really shipped (in int8, say), from its size unpruned and halved."""
+    full = _file_bytes(build({}))
+    halved = {site.name: np.arange((site.units + 1) // 2) for site in sites}
+    removed = sum(float(floats.curves[name][-1] - floats.curves[name][len(kept)]) for name, kept in halved.items())
+    factor = (full - _file_bytes(build(halved))) / removed if removed else 0.0
+    curves = {name: curve * factor for name, curve in floats.curves.items()}
+    return CostTable(floats.unit, full - sum(float(curve[-1]) for curve in curves.values()), curves)
+
+
 def _file_bytes(model: Model) -> int:
     return int(with_fresh_shapes(model).proto.ByteSize()) + model.weight_bytes + _STAMP_BYTES
 

@@ -15,8 +15,10 @@ import numpy as np
 from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import atomic_file
+from onnxprune.quantize.form import Int8Form
 
 SCHEMA = "onnxprune.plan/1"
+_FACTORS = "factors"
 Changes = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -24,9 +26,10 @@ Changes = Mapping[tuple[str, int], np.ndarray]
 class Plan:
     """A pruning decision.
 
-    ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow;
-    ``example`` the shapes of inputs the model is known to run on; ``changes`` the compensated
-    constants by (node name, input slot), stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash in it.
+    ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow, in order;
+    ``int8`` what computes in integers, and how (None: nothing does); ``example`` the shapes of inputs the model is known to run on;
+    ``changes`` the compensated constants by (node name, input slot). These and the smoothing factors of ``int8`` are stored beside the
+    JSON file as ``<name>.weights.npz`` and covered by a hash in it.
     """
 
     version: str
@@ -40,6 +43,7 @@ class Plan:
     recipe: Mapping[str, Any]
     objective: Mapping[str, Any]
     refusals: tuple[Refusal, ...]
+    int8: Int8Form | None = None
     example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
 
@@ -55,6 +59,8 @@ class Plan:
         for site, units in self.units.items():
             kept = len(self.kept[site])
             lines.append(f"{site:<{width}}  keeps {kept:>5} of {units:>5}  {'#' * round(20 * kept / units):<20}")
+        if self.int8 is not None:
+            lines.append(f"{len(self.int8.products)} products in int8: {self.int8.describe()}")
         lines += [str(refusal) for refusal in self.refusals]
         return "\n".join(lines)
 
@@ -63,7 +69,15 @@ class Plan:
         content["refusals"] = [refusal.as_dict() for refusal in self.refusals]
         content["kept"] = {site: list(units) for site, units in self.kept.items()}
         content["example"] = {name: list(shape) for name, shape in self.example.items()}
-        return {"schema": SCHEMA, **content, "compensation_sha256": digest(self.changes)}
+        content["int8"] = None if self.int8 is None else self.int8.as_dict()
+        return {"schema": SCHEMA, **content, "compensation_sha256": digest(self.arrays)}
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that is stored beside the JSON file: compensated constants and smoothing factors."""
+        constants = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
+        factors = {f"{tensor}:{_FACTORS}": array for tensor, array in (self.int8.factors if self.int8 else {}).items()}
+        return constants | factors
 
     @property
     def sha256(self) -> str:
@@ -78,8 +92,7 @@ class Plan:
         """
         target = Path(path)
         try:
-            if self.changes:
-                arrays = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
+            if arrays := self.arrays:
                 with atomic_file(weights_beside(target)) as temporary, temporary.open("wb") as stream:
                     np.savez(stream, **arrays)  # type: ignore[arg-type]
             with atomic_file(target) as temporary:
@@ -98,13 +111,13 @@ def asdict_shallow(plan: Plan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
-def digest(changes: Changes) -> str | None:
-    """Hash of compensated constants, None if there are none."""
-    if not changes:
+def digest(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Hash of named arrays, None if there are none."""
+    if not arrays:
         return None
     result = hashlib.sha256()
-    for (node, slot), array in sorted(changes.items()):
-        result.update(f"{node}:{slot}:{array.dtype.str}:{array.shape};".encode())
+    for name, array in sorted(arrays.items()):
+        result.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
         result.update(np.ascontiguousarray(array).tobytes())
     return result.hexdigest()
 
@@ -129,6 +142,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     wanted = content.pop("compensation_sha256", None)
     content.pop("schema")
     try:
+        constants, factors = _read_arrays(weights_beside(source)) if wanted else ({}, {})
         plan = Plan(
             **{
                 **content,
@@ -137,26 +151,31 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "kept": {site: tuple(int(unit) for unit in units) for site, units in content["kept"].items()},
                 "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
                 "example": {name: tuple(int(size) for size in shape) for name, shape in content["example"].items()},
-                "changes": _read_changes(weights_beside(source)) if wanted else {},
+                "int8": Int8Form.from_dict(content["int8"], factors) if content["int8"] is not None else None,
+                "changes": constants,
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source} is damaged: {type(error).__name__} {error}") from error
-    if digest(plan.changes) != wanted:
+    if digest(plan.arrays) != wanted:
         raise InputError(
             f"{weights_beside(source)} does not hold the weights that {source.name} was saved with; keep both files of one run together"
         )
     return plan
 
 
-def _read_changes(path: Path) -> dict[tuple[str, int], np.ndarray]:
+def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, np.ndarray]]:
+    """Compensated constants by (node, slot), and smoothing factors by tensor."""
     if not path.is_file():
         raise InputError(f"the plan needs its compensated weights: {path} is missing; copy it next to the plan")
-    changes = {}
+    constants, factors = {}, {}
     for key, array in read_npz(path).items():
-        node, slot = key.rsplit(":", 1)
-        changes[node, int(slot)] = array
-    return changes
+        name, slot = key.rsplit(":", 1)
+        if slot == _FACTORS:
+            factors[name] = array
+        else:
+            constants[name, int(slot)] = array
+    return constants, factors
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:

@@ -101,5 +101,11 @@ def brief_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     def brief(runs: Any, **options: Any) -> Any:
         return time_sessions(runs, **{**options, "rounds": 7, "min_seconds": 0.0005})
 
-    for module in ("onnxprune.passes.manager", "onnxprune.search.costs", "onnxprune.benchmark"):
+    for module in (
+        "onnxprune.passes.manager",
+        "onnxprune.passes.finishing",
+        "onnxprune.passes.int8",
+        "onnxprune.search.costs",
+        "onnxprune.benchmark",
+    ):
         monkeypatch.setattr(f"{module}.time_sessions", brief)

@@ -48,7 +48,7 @@ def test_each_round_keeps_a_part_of_the_one_before_and_the_budget_holds(name: st
     assert found is not None
     assert found[0] is seen[-1]
     assert len(seen) == 3
-    for before, after in itertools.pairwise([dense_student(bench), *seen]):
+    for before, after in itertools.pairwise([dense_student(bench.anatomy, bench.sites), *seen]):
         for site, units in after.kept.items():
             assert np.isin(units, before.kept[site]).all()
             assert (np.diff(units) > 0).all()
@@ -97,7 +97,7 @@ def test_block_fisher_swaps_units_and_keeps_counts() -> None:
     bench = workbench(BERT)
     table = counted(bench, BERT, "macs")
     rng = np.random.default_rng(0)
-    dense = dense_student(bench)
+    dense = dense_student(bench.anatomy, bench.sites)
     gradients = {site.name: rng.standard_normal((20, site.units)) + rng.standard_normal((20, 1)) for site in bench.sites}
     saliency = {site: np.square(values).mean(axis=0) for site, values in gradients.items()}
     budget = table.fixed + 0.5 * (table.full - table.fixed)
@@ -134,7 +134,7 @@ def test_least_important_units_go_first() -> None:
     bench = workbench(BERT, compensation="none")
     table = counted(bench, BERT, "macs")
     saliency = {site.name: np.arange(site.units, dtype=float)[::-1] for site in bench.sites}
-    kept = choose(bench, dense_student(bench), Scores(saliency), table, table.fixed + 0.6 * (table.full - table.fixed))
+    kept = choose(bench, dense_student(bench.anatomy, bench.sites), Scores(saliency), table, table.fixed + 0.6 * (table.full - table.fixed))
     assert kept is not None
     for units in kept.values():
         assert units.tolist() == list(range(len(units)))
@@ -167,7 +167,7 @@ def test_a_budget_below_the_floor_is_not_met() -> None:
     bench = workbench(BERT, count=8, compensation="none")
     table = counted(bench, BERT, "macs")
     assert descend(bench, table, table.floor * 0.99, 2) is None
-    assert choose(bench, dense_student(bench), score(bench, dense_student(bench), 1), table, table.floor * 0.99) is None
+    assert choose(bench, dense_student(bench.anatomy, bench.sites), score(bench, dense_student(bench), 1), table, table.floor * 0.99) is None
 
 
 @pytest.mark.parametrize("importance", CRITERIA)
@@ -207,7 +207,7 @@ def test_the_class_row_weighs_a_share_of_the_real_rows(monkeypatch: pytest.Monke
 
 def test_nothing_is_fitted_to_a_model_that_lost_nothing() -> None:
     bench = workbench(BERT, count=8)
-    student = cut(bench, dense_student(bench).kept)
+    student = cut(bench, dense_student(bench.anatomy, bench.sites).kept)
     assert student.model is bench.anatomy.model
     assert student.changes == {}
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from onnxprune.errors import InputError
 from onnxprune.quantize.rounding import (
-    ALPHAS,
     BLOCK_ROWS,
     bias_correction,
     output_error,
@@ -17,7 +16,6 @@ from onnxprune.quantize.rounding import (
     round_to_nearest,
     scales,
     search_smoothing,
-    smoothing,
 )
 
 
@@ -184,25 +182,6 @@ def test_what_cannot_be_rounded_is_refused() -> None:
         round_columns(weights, np.full((3, 3), -50.0) + 51 * np.eye(3), scale)
 
 
-def test_smoothing_gives_both_sides_the_same_range_at_one_half() -> None:
-    activations, weights = np.array([8.0, 0.5, 2.0]), np.array([0.1, 0.3, 0.2])
-    factors = smoothing(activations, weights, 0.5)
-    np.testing.assert_allclose(activations / factors, weights * factors)
-    np.testing.assert_allclose(smoothing(activations, weights, 1.0), activations)
-    np.testing.assert_allclose(smoothing(activations, weights, 0.0), 1 / weights)
-
-
-def test_smoothing_leaves_dead_channels_and_stays_within_bounds() -> None:
-    factors = smoothing(np.array([0.0, 2.0, 1e9, 1e-9]), np.array([2.0, 0.0, 1e-9, 1e9]), 0.5)
-    np.testing.assert_allclose(factors, [1, 1, 1e3, 1e-3])
-    with pytest.raises(InputError, match=r"exponent 1\.5"):
-        smoothing(np.ones(2), np.ones(2), 1.5)
-    with pytest.raises(InputError, match="negative, infinite or NaN"):
-        smoothing(np.array([1, np.inf]), np.ones(2), 0.5)
-    with pytest.raises(InputError, match=r"shapes \[2\] and \[3\]"):
-        smoothing(np.ones(2), np.ones(3), 0.5)
-
-
 def int8_output(x: np.ndarray, weights: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """The layer with uint8 inputs, one range for all channels, and int8 weights per channel."""
     smooth, folded = x / factors, weights * factors[:, None]
@@ -220,7 +199,9 @@ def test_the_search_predicts_the_measured_error_and_smooths_away_outlier_channel
     x[:, 5] *= 60
     weights = weights_of(32, 24)
     found = search_smoothing(weights, x.min(axis=0), x.max(axis=0), np.square(x).mean(axis=0), per_channel=True)
-    assert found.alpha in ALPHAS
+    most = np.abs(x).max(axis=0)
+    assert found.limit == pytest.approx(np.sort(most)[-2])
+    np.testing.assert_allclose(found.factors, np.where(np.arange(32) == 5, most[5] / found.limit, 1))
     exact = x @ weights
     measured = [float(np.square(int8_output(x, weights, f) - exact).sum(axis=1).mean()) for f in (np.ones(32), found.factors)]
     assert measured[0] == pytest.approx(found.error_before, rel=0.2)
@@ -234,7 +215,7 @@ def test_the_search_never_predicts_a_loss(inputs: int, seed: int, per_channel: b
     x = inputs_of(20, inputs, 3, 0.5, seed) * np.random.default_rng(seed).integers(0, 9, inputs)
     found = search_smoothing(weights_of(inputs, 3, seed), x.min(axis=0), x.max(axis=0), np.square(x).mean(axis=0), per_channel)
     assert found.error <= found.error_before
-    assert (found.alpha is None) == (found.error == found.error_before)
+    assert (found.limit is None) == (found.error == found.error_before)
 
 
 def test_bias_correction_restores_the_mean_output() -> None:

@@ -1,0 +1,112 @@
+"""What the user asked for, and the part of the model it concerns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxprune.calibration.objective import LossSource, Purpose
+from onnxprune.errors import InputError, NothingPrunable, Refusal
+from onnxprune.graph.anatomy import Anatomy, Site, study
+from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.model import Model
+from onnxprune.passes.base import IntegerPass, RewritePass, WidthPass, ordered, select
+from onnxprune.passes.int8 import Int8Choice
+from onnxprune.passes.rounds import Recipe
+from onnxprune.runtime.session import RuntimeOptions
+from onnxprune.search.target import Target
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, in the words of the command line."""
+
+    passes: tuple[str, ...]
+    target: Target
+    keep: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    samples: int = 1024
+    max_drop: float | None = None
+    output: str | None = None
+    loss: LossSource = "sampled"
+    recipe: Recipe = field(default_factory=Recipe)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    purpose: Purpose | None = None
+    finishing: bool = True
+    int8: Int8Choice = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The model understood: canonical graph, sites in the scope of the passes, refusals.
+
+    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes.
+    """
+
+    given: Model
+    anatomy: Anatomy
+    sites: tuple[Site, ...]
+    rewrites: tuple[str, ...]
+    integers: bool
+    refusals: tuple[Refusal, ...]
+
+
+def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarray] | None = None) -> Study:
+    """Canonicalise, find sites, apply the passes' scope and the keep/exclude patterns.
+
+    Raises:
+        InputError: a pattern matches nothing, an unknown pass, a model in a form that cannot be pruned.
+        NothingPrunable: no site of the kinds asked for.
+    """
+    check_float(given)
+    passes = select(settings.passes)
+    widths = [item for item in passes if isinstance(item, WidthPass)]
+    rewrites = ordered(item.name for item in passes if isinstance(item, RewritePass))
+    integers = any(isinstance(item, IntegerPass) for item in passes)
+    canonical, profile = canonicalise(given, samples)
+    anatomy = study(canonical, profile)
+    kinds = {item.kind for item in widths}
+    found = [site for site in anatomy.sites if site.kind in kinds]
+    sites = _scope(found, settings)
+    refusals = tuple(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds))
+    if found and not sites:
+        raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
+    if widths and not sites:
+        raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
+    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals)
+
+
+def _concerns(refusal: Refusal, kinds: set[str]) -> bool:
+    return {"1": "heads", "2": "ffn"}.get(refusal.code[2], "") in kinds or refusal.code[2] not in "12"
+
+
+def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Refusal, ...]) -> str:
+    counts: dict[str, int] = {}
+    for node in anatomy.view.nodes:
+        counts[node.op] = counts.get(node.op, 0) + 1
+    common = ", ".join(f"{count} {op}" for op, count in sorted(counts.items(), key=lambda item: -item[1])[:6])
+    found = f"the graph has {len(anatomy.view.nodes)} nodes ({common})"
+    others = sorted({site.kind for site in anatomy.sites} - kinds)
+    more = f"; it does have {', '.join(others)} sites: add them to --passes" if others else ""
+    reasons = "".join(f"\n  {refusal}" for refusal in refusals)
+    wanted = sorted(kinds)
+    return f"nothing to prune for {', '.join(wanted)}: {found} and none of it is a transformer block's {' or '.join(wanted)}{more}{reasons}"
+
+
+def _scope(sites: list[Site], settings: Settings) -> list[Site]:
+    """``--keep`` protects sites, ``--exclude`` does too: both are patterns on site names, and each must match something."""
+    protected: set[str] = set()
+    for option, patterns in (("--keep", settings.keep), ("--exclude", settings.exclude)):
+        for pattern in patterns:
+            try:
+                matched = {site.name for site in sites if re.search(pattern, site.name)}
+            except re.error as error:
+                raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+            if not matched and sites:
+                raise InputError(f"{option} {pattern!r} matches no site; sites are named like {sites[0].name} (see onnxprune inspect)")
+            protected |= matched
+    return [site for site in sites if site.name not in protected]
