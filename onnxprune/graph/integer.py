@@ -20,6 +20,7 @@ from onnxprune.errors import InputError
 from onnxprune.graph.canonical import check_float, with_fresh_shapes
 from onnxprune.graph.model import Model
 from onnxprune.graph.smoothing import smooth
+from onnxprune.graph.tables import check_tables, tables_to_int8
 from onnxprune.graph.view import GraphView, Node, captured
 from onnxprune.quantize.form import Int8Form
 from onnxprune.quantize.ranges import uint8_parameters
@@ -56,19 +57,20 @@ def _obstacle(view: GraphView, node: Node) -> str | None:
 
 
 def to_int8(model: Model, form: Int8Form) -> Model:
-    """The graph with the products of ``form`` in integers, smoothed first where it says so.
+    """The graph with the products of ``form`` in integers, smoothed first where it says so, and its embedding tables in int8.
 
     Dynamic products become DynamicQuantizeLinear, MatMulInteger (which keeps the name of the node) and the scaling around it; static ones
     stay MatMul between QuantizeLinear and DequantizeLinear. Biases are added in float. Weights that lie on the int8 grid already, with
-    a largest magnitude of 127, become exactly those integers.
+    a largest magnitude of 127, become exactly those integers. Tables: see :func:`~onnxprune.graph.tables.tables_to_int8`.
 
     Raises:
-        InputError: the model is not float32 throughout, its opset is too old and cannot be raised, a product is not in the graph or
-            cannot compute in integers, or a static form has no finite range for a tensor.
+        InputError: the model is not float32 throughout, its opset is too old and cannot be raised, a product or lookup is not in the graph
+            or cannot be in integers, or a static form has no finite range for a tensor.
     """
     check_float(model)
     model = _raised(model, form)
     ranges = _checked(GraphView(model), form)
+    check_tables(GraphView(model), form.tables)
     model = smooth(model, form.factors, form.products)
     view = GraphView(model)
     groups: dict[str, list[Node]] = {}
@@ -79,7 +81,7 @@ def to_int8(model: Model, form: Int8Form) -> Model:
     splice = _Splice(view, bias_op="Add" if form.scheme == "dynamic" else "Sum")
     for activation, products in groups.items():
         splice.replace(products, _quantised(view, activation, products, form, ranges[products[0].name]))
-    return with_fresh_shapes(splice.close())
+    return with_fresh_shapes(tables_to_int8(splice.close(), form.tables))
 
 
 def _checked(view: GraphView, form: Int8Form) -> dict[str, tuple[np.float32, np.uint8] | None]:

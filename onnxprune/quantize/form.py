@@ -1,4 +1,4 @@
-"""What an int8 model is to be: which products compute in integers, and how their inputs are scaled."""
+"""What an int8 model is to be: which products compute in integers, how their inputs are scaled, which tables it holds."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Int8Form:
         products: names of the nodes that compute in integers; all others stay as they are.
         ranges: static only, activation tensor -> what uint8 covers. Where ``factors`` holds the tensor, the range of ``x / s``.
         factors: activation tensor -> s, float [n_in]: the products read ``x / s`` and their weights are multiplied by s instead.
+        tables: names of the Gather nodes whose embedding tables are held in int8, one scale a row.
     """
 
     scheme: Scheme
@@ -33,11 +34,13 @@ class Int8Form:
     products: tuple[str, ...]
     ranges: Mapping[str, Range] = field(default_factory=dict)
     factors: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    tables: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the factors, ready for JSON; :meth:`from_dict` reads it."""
         ranges = {name: [float(low), float(high)] for name, (low, high) in self.ranges.items()}
-        return {"scheme": self.scheme, "per_channel": self.per_channel, "products": list(self.products), "ranges": ranges}
+        names = {"products": list(self.products), "tables": list(self.tables)}
+        return {"scheme": self.scheme, "per_channel": self.per_channel, **names, "ranges": ranges}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], factors: Mapping[str, np.ndarray] | None = None) -> Int8Form:
@@ -47,15 +50,17 @@ class Int8Form:
             InputError: an entry is missing or of another kind.
         """
         scheme, per_channel, products = (content.get(key) for key in ("scheme", "per_channel", "products"))
-        ranges = content.get("ranges", {})
+        ranges, tables = content.get("ranges", {}), content.get("tables", [])
         if scheme not in SCHEMES or not isinstance(per_channel, bool):
             raise InputError(f"scheme {scheme!r} with per_channel {per_channel!r} is no int8 form; give dynamic or static, true or false")
         if not isinstance(products, list) or not all(isinstance(name, str) for name in products):
             raise InputError("the int8 form names no products; give the list of the names of the nodes that compute in integers")
+        if not isinstance(tables, list) or not all(isinstance(name, str) for name in tables):
+            raise InputError("the tables of the int8 form are no list; give the names of the Gather nodes that look their rows up")
         if not isinstance(ranges, Mapping) or not all(_is_range(entry) for entry in ranges.values()):
             raise InputError("the int8 form holds a range that is not a pair of finite numbers with the lower one first")
         read = {str(name): Range(float(low), float(high)) for name, (low, high) in ranges.items()}
-        return cls(cast(Scheme, scheme), per_channel, tuple(products), read, dict(factors or {}))
+        return cls(cast(Scheme, scheme), per_channel, tuple(products), read, dict(factors or {}), tuple(tables))
 
     def describe(self) -> str:
         """The kind of int8 in a few words, for people."""

@@ -12,7 +12,9 @@ from onnxprune.errors import InputError
 from onnxprune.quantize.form import Int8Form
 from onnxprune.quantize.ranges import Range
 
-FORM = Int8Form("static", True, ("up", "down"), {"x": Range(-1.5, 0.1), "h": Range(0.0, np.float32(0.3))}, {"x": np.arange(1.0, 4.0)})
+FORM = Int8Form(
+    "static", True, ("up", "down"), {"x": Range(-1.5, 0.1), "h": Range(0.0, np.float32(0.3))}, {"x": np.arange(1.0, 4.0)}, ("words",)
+)
 
 
 def test_what_is_written_is_read_again() -> None:
@@ -25,11 +27,17 @@ def test_what_is_written_is_read_again() -> None:
     assert Int8Form.from_dict(content).factors == {}
 
 
+def test_a_form_written_without_tables_has_none() -> None:
+    content = {name: value for name, value in FORM.as_dict().items() if name != "tables"}
+    assert Int8Form.from_dict(content).tables == ()
+
+
 def test_products_are_taken_out_and_nothing_else() -> None:
     narrowed = FORM.without(["up", "unknown"])
     assert narrowed.products == ("down",)
     assert narrowed.ranges == FORM.ranges
     assert narrowed.factors is FORM.factors
+    assert narrowed.tables == ("words",)
     assert FORM.products == ("up", "down")
 
 
@@ -51,6 +59,8 @@ def test_forms_say_what_they_are() -> None:
         ({"per_channel": 1}, "per_channel 1 is no"),
         ({"products": "up"}, "names no products"),
         ({"products": [1]}, "names no products"),
+        ({"tables": "words"}, "tables of the int8 form are no list"),
+        ({"tables": [1]}, "tables of the int8 form are no list"),
         ({"ranges": [1]}, "not a pair"),
         ({"ranges": {"x": [0.0]}}, "not a pair"),
         ({"ranges": {"x": [0.0, "1"]}}, "not a pair"),
