@@ -90,10 +90,13 @@ def test_sites_of_another_pass_are_pointed_out() -> None:
         understand(only_ffn(), settings(passes=["heads"]))
 
 
-def test_the_residual_sum_is_written_for_the_cpu_only() -> None:
-    assert study_of().rewrites == ("residual-sum",)
-    assert study_of(provider="cuda").rewrites == ()
-    assert study_of(provider="cuda", passes=["ffn", "residual-sum"]).rewrites == ("residual-sum",)
+def test_rewrites_asked_for_are_told_from_widths_and_integers() -> None:
+    assert study_of().rewrites == ()
+    assert not study_of().integers
+    study = study_of(passes=["fuse-attention", "int8", "ffn", "residual-sum"])
+    assert study.rewrites == ("residual-sum", "fuse-attention"), "in the order in which they run"
+    assert study.integers
+    assert {site.kind for site in study.sites} == {"ffn"}
 
 
 def test_rewrites_alone_need_no_sites() -> None:
@@ -190,9 +193,12 @@ def test_an_impossible_latency_names_the_fastest_that_can_be_had(monkeypatch: py
 
 def test_the_plan_says_what_was_asked_and_how_it_was_decided() -> None:
     data = calibration(BERT)
-    decision = search(load(zoo.path(BERT)), data, settings(target_macs="60%", importance="energy", exclude=["layer.1.ffn"]))
+    chosen = settings(["heads", "ffn", "residual-sum"], target_macs="60%", importance="energy", exclude=["layer.1.ffn"], finishing=False)
+    decision = search(load(zoo.path(BERT)), data, chosen)
     plan = decision.plan
-    assert (plan.target, plan.passes, plan.rewrites) == ("macs=60%", ("heads", "ffn"), ("residual-sum",))
+    assert (plan.target, plan.passes, plan.rewrites) == ("macs=60%", ("heads", "ffn", "residual-sum"), ("residual-sum",))
+    assert plan.int8 is None
+    assert plan.example == {name: (8, *array.shape[1:]) for name, array in data.inputs.items()}
     assert plan.recipe["importance"] == "energy"
     assert plan.recipe["calibration_sha256"] == decision.calibration.sha256
     assert plan.objective["output"] == "logits"
@@ -344,7 +350,7 @@ def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.Monkey
         return Timings({"given": np.array([2.0, 4, 6]), "pruned": np.array([1.0, 2, 3])}, "thread", None)
 
     monkeypatch.setattr(manager, "time_sessions", timing)
-    assert searching._measure(manager.dense_student(searching.bench), 7.0) == 3.5
+    assert searching._measure(searching.dense, 7.0) == 3.5
 
 
 def test_arrays_of_the_cases_have_mixed_lengths() -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from onnxprune.errors import InputError, Refusal
+from onnxprune.quantize.form import Int8Form
+from onnxprune.quantize.ranges import Range
 from onnxprune.search.plan import SCHEMA, Plan, digest, load_plan
 
 CHANGES = {
@@ -37,12 +39,23 @@ def make(**changes: Any) -> Plan:
     return dataclasses.replace(plan, **changes)
 
 
+STATIC = Int8Form("static", True, ("/up:0", "/down:0"), {"norm": Range(-1.5, 1 / 3), "act": Range(0.0, 6.0)})
+DYNAMIC = Int8Form("dynamic", False, ("/up:0",), factors={"/layer.0/norm:0": np.array([1.0, 2.5], np.float32)})
+
+
+@pytest.mark.parametrize("int8", [None, STATIC, DYNAMIC], ids=["float", "static", "smoothed"])
 @pytest.mark.parametrize("changes", [CHANGES, {}], ids=["compensated", "not compensated"])
-def test_a_plan_is_read_as_it_was_written(changes: Any, tmp_path: Path) -> None:
-    plan = make(changes=changes)
+def test_a_plan_is_read_as_it_was_written(changes: Any, int8: Int8Form | None, tmp_path: Path) -> None:
+    plan = make(changes=changes, int8=int8, example={"x": (8, 16), "mask": (8, 4)})
     assert plan.save(tmp_path / "plan.json") == tmp_path / "plan.json"
-    assert (tmp_path / "plan.weights.npz").exists() == bool(changes)
+    assert (tmp_path / "plan.weights.npz").exists() == bool(changes or (int8 and int8.factors))
     found = load_plan(tmp_path / "plan.json")
+    assert found.int8 == int8
+    if int8 is not None and found.int8 is not None:
+        assert found.int8.factors.keys() == int8.factors.keys()
+        for tensor, factors in int8.factors.items():
+            assert found.int8.factors[tensor].dtype == factors.dtype
+            np.testing.assert_array_equal(found.int8.factors[tensor], factors)
     assert found == plan
     assert found.sha256 == plan.sha256
     assert found.changes.keys() == changes.keys()
@@ -64,8 +77,9 @@ def test_the_json_is_for_people_too(tmp_path: Path) -> None:
     assert content["schema"] == SCHEMA
     assert content["kept"]["layer.0.heads"] == [0, 2]
     assert content["refusals"][0]["code"] == "OP201"
-    assert content["compensation_sha256"] == digest(CHANGES)
+    assert content["compensation_sha256"] == digest(make().arrays)
     assert "changes" not in content
+    assert content["int8"] is None
 
 
 def test_identity_covers_every_part_of_the_decision() -> None:
@@ -78,13 +92,19 @@ def test_identity_covers_every_part_of_the_decision() -> None:
         make(rewrites=()),
         make(input_sha256="cd" * 32),
         make(recipe={"importance": "obs", "rounds": 4}),
+        make(int8=STATIC),
+        make(int8=dataclasses.replace(STATIC, ranges={**STATIC.ranges, "act": Range(0.0, 5.0)})),
+        make(int8=STATIC.without(["/up:0"])),
+        make(int8=DYNAMIC),
+        make(int8=dataclasses.replace(DYNAMIC, factors={"/layer.0/norm:0": np.array([1.0, 2.0], np.float32)})),
     ]
     assert len({plan.sha256 for plan in [make(), *others]}) == len(others) + 1
 
 
 def test_the_order_of_constants_does_not_matter() -> None:
     backwards = dict(reversed(CHANGES.items()))
-    assert digest(backwards) == digest(CHANGES)
+    assert make(changes=backwards).sha256 == make().sha256
+    assert digest(dict(reversed(make().arrays.items()))) == digest(make().arrays)
     assert digest({}) is None
 
 
@@ -104,6 +124,26 @@ def test_explain_has_a_line_for_each_site_and_refusal() -> None:
     assert len({line.index("keeps") for line in sites}) == 1
     assert refusal == "OP201 layer.2.ffn: no; do something"
     assert "then nothing" in make(rewrites=()).explain()
+    assert "\n2 products in int8: static activations, weights scaled per column\n" in make(int8=STATIC).explain()
+
+
+def test_factors_that_were_changed_after_saving_are_refused(tmp_path: Path) -> None:
+    path = make(int8=DYNAMIC).save(tmp_path / "plan.json")
+    weights = dict(np.load(tmp_path / "plan.weights.npz"))
+    weights["/layer.0/norm:0:factors"][0] += 1
+    np.savez(tmp_path / "plan.weights.npz", **weights)
+    with pytest.raises(InputError, match=r"does not hold the weights that plan\.json was saved with"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    "int8",
+    [{}, 3, [], {"scheme": "dynamic", "per_channel": 1, "products": []}, {"scheme": "dynamic", "per_channel": True, "products": "x"}],
+)
+def test_an_int8_form_that_is_none_is_refused(int8: Any, tmp_path: Path) -> None:
+    rewrite(make(int8=STATIC).save(tmp_path / "plan.json"), int8=int8)
+    with pytest.raises(InputError):
+        load_plan(tmp_path / "plan.json")
 
 
 def test_removed_counts_units() -> None:
