@@ -22,6 +22,7 @@ from onnxprune.runtime.measure import time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import CostTable
 from tests import zoo
+from tests.graph.net import FFN, WIDTH, Net
 from tests.graph.pruning import anatomy_of
 
 BERT, VIT, GPT2, LLAMA = "bert-sdpa-do18", "vit-sdpa-do23", "gpt2-sdpa-do18", "llama-sdpa-do18"
@@ -109,3 +110,14 @@ def brief_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
         "onnxprune.benchmark",
     ):
         monkeypatch.setattr(f"{module}.time_sessions", brief)
+
+
+def outlier_model() -> tuple[Model, str]:
+    """A small net of which one hidden tensor (named as well) has a channel a hundred times larger than all others."""
+    net = Net()
+    large = np.ones(WIDTH, np.float32)
+    large[3] = 100.0
+    scaled = net("Mul", "x", net.constant(large))
+    rows = (net.rng.standard_normal((WIDTH, FFN)) / WIDTH**0.5 / large[:, None]).astype(np.float32)
+    hidden = net("Tanh", net("MatMul", scaled, net.constant(rows)))
+    return Model.from_proto(net.done(net.add("x", net.linear(hidden, FFN, WIDTH)))), str(scaled)
