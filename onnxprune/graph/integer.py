@@ -146,7 +146,24 @@ def _quantised(
         quantizer = _dynamic(group, form) if parameters is None else _static(group, form, activation, *parameters)
         quantizer.quantize_model()
     proto: onnx.ModelProto = quantizer.model.model
+    _install_integers(proto, products, form)
     return proto
+
+
+def _install_integers(proto: onnx.ModelProto, products: list[Node], form: Int8Form) -> None:
+    """Weights that were rounded with care in the place of those that the quantizer rounded to nearest."""
+    made = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in products:
+        rounded = form.integers.get(node.name)
+        if rounded is None:
+            continue
+        tensor = made[_operand(node) + "_quantized"]
+        if rounded.dtype != np.int8 or rounded.shape != tuple(tensor.dims):
+            raise InputError(
+                f"the integers for {node} are {rounded.dtype}{list(rounded.shape)}, its weights need int8{list(tensor.dims)}; "
+                "they belong to another model"
+            )
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(rounded), tensor.name))
 
 
 def _dynamic(group: onnx.ModelProto, form: Int8Form) -> Any:

@@ -29,9 +29,9 @@ def finish(model: Model, rewrites: Sequence[str], form: Int8Form | None = None) 
     for item in select(rewrites) if rewrites else ():
         if isinstance(item, RewritePass):
             model, _ = item.apply(model)
-        elif form is not None and form.products:
+        elif form is not None:
             present = {node.name for node in model.proto.graph.node}
-            model = to_int8(model, form.without(set(form.products) - present))
+            model = to_int8(model, form.present_in(present))
     return with_fresh_shapes(model)
 
 

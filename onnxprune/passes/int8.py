@@ -18,6 +18,7 @@ from onnxprune.calibration.activations import summarise
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.graph.integer import int8_products
 from onnxprune.graph.model import Model
+from onnxprune.graph.tables import int8_tables
 from onnxprune.graph.view import GraphView, Node
 from onnxprune.passes.apply import finish
 from onnxprune.quantize.form import Int8Form
@@ -76,7 +77,8 @@ def untailored(model: Model, scheme: Scheme, floats: Collection[str] = ()) -> In
     """A form of the right shape for timing: ranges are made up, nothing"""
     products = products_of(model, floats)
     ranges = {node.inputs[0]: Range(-1.0, 1.0) for node in products} if scheme.kind == "static" else {}
-    return Int8Form(scheme.kind, scheme.per_channel, tuple(node.name for node in products), ranges)
+    tables = tuple(node.name for node in int8_tables(GraphView(model)))
+    return Int8Form(scheme.kind, scheme.per_channel, tuple(node.name for node in products), ranges, tables=tables)
 
 
 def tailor(
@@ -108,14 +110,14 @@ def tailor(
     factors = {}
     for tensor in tensors:
         known = found[tensor]
-        joined = np.concatenate([_rows(node, view) for node in products if node.inputs[0] == tensor], axis=1)
+        joined = np.concatenate([weight_of(node, view) for node in products if node.inputs[0] == tensor], axis=1)
         best = search_smoothing(joined, known.low, known.high, known.power, scheme.per_channel)
         if best.limit is not None:
             factors[tensor] = best.factors.astype(np.float32)
     return replace(form, factors=factors)
 
 
-def _rows(node: Node, view: GraphView) -> np.ndarray:
+def weight_of(node: Node, view: GraphView) -> np.ndarray:
     """The weight of a product as [n_in, n_out]."""
     weight = view.value(node.inputs[1])
     assert weight is not None

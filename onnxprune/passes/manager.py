@@ -424,7 +424,7 @@ class _Search:
             recipe={**recipe_dict(self.bench.recipe), "loss": settings.loss, "calibration_sha256": self.calibration.sha256},
             objective={"output": self.objective.output, "link": self.objective.link, "why": self.objective.why},
             refusals=self.refusals,
-            int8=self.shipping.form(student),
+            int8=self.shipping.final_form(student),
             example={name: tuple(shape) for name, shape in self.example.items()},
             changes=student.changes,
         )

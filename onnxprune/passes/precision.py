@@ -95,7 +95,7 @@ def measure_groups(
     plain = tailor(model, scheme, calibration, options)
 
     def error(form: Int8Form, names: Sequence[str]) -> float:
-        return yardstick(finish(model, ("int8",), form.without(set(form.products) - set(names))))
+        return yardstick(finish(model, ("int8",), form.present_in(names)))
 
     groups = []
     for number, (tensor, names) in enumerate(readers.items()):

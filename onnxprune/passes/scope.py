@@ -67,6 +67,8 @@ def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarra
     widths = [item for item in passes if isinstance(item, WidthPass)]
     rewrites = ordered(item.name for item in passes if isinstance(item, RewritePass))
     integers = any(isinstance(item, IntegerPass) for item in passes)
+    if integers and (others := [name for name in rewrites if name in ("int4", "fp16")]):
+        raise InputError(f"int8 and {others[0]} exclude each other: give one of them in --passes")
     canonical, profile = canonicalise(given, samples)
     anatomy = study(canonical, profile)
     kinds = {item.kind for item in widths}

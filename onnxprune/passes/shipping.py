@@ -13,6 +13,7 @@ from onnxprune.passes.base import ordered
 from onnxprune.passes.finishing import Part
 from onnxprune.passes.int8 import Scheme, Trial, tailor, untailored
 from onnxprune.passes.precision import Group
+from onnxprune.passes.rounding import round_weights
 from onnxprune.passes.rounds import Student
 from onnxprune.quantize.form import Int8Form
 from onnxprune.runtime.session import RuntimeOptions
@@ -62,7 +63,21 @@ class Shipping:
         smoothed = {group.tensor for group in self.groups if group.smoothed}
         return tailor(model, scheme, self.calibration, self.options, floats=self.floats, smoothed=smoothed)
 
+    def final_form(self, student: Student) -> Int8Form | None:
+        """The form with weights rounded to second order, which takes longer than candidates are worth."""
+        form = self.form(student)
+        if form is None:
+            return None
+        model = install(slice_model(self.anatomy, student.kept), student.changes)
+        return replace(form, integers=round_weights(model, form, self.calibration, self.options))
+
+    def final(self, student: Student) -> Model:
+        """The graph as it is written."""
+        model = install(slice_model(self.anatomy, student.kept), student.changes)
+        return finish(model, self.steps, self.final_form(student))
+
     def ship(self, student: Student) -> Model:
+        """The graph of a candidate: weights are rounded to nearest."""
         model = install(slice_model(self.anatomy, student.kept), student.changes)
         return finish(model, self.steps, self.form(student))
 

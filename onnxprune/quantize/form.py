@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -27,6 +27,8 @@ class Int8Form:
         ranges: static only, activation tensor -> what uint8 covers. Where ``factors`` holds the tensor, the range of ``x / s``.
         factors: activation tensor -> s, float [n_in]: the products read ``x / s`` and their weights are multiplied by s instead.
         tables: names of the Gather nodes whose embedding tables are held in int8, one scale a row.
+        integers: product -> its weights as int8 [n_in, n_out], rounded with care on the scales that plain rounding uses; all others are
+            rounded to nearest.
     """
 
     scheme: Scheme
@@ -35,16 +37,22 @@ class Int8Form:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     factors: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     tables: tuple[str, ...] = ()
+    integers: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the factors, ready for JSON; :meth:`from_dict` reads it."""
+        """Everything but the arrays, ready for JSON; :meth:`from_dict` reads it."""
         ranges = {name: [float(low), float(high)] for name, (low, high) in self.ranges.items()}
         names = {"products": list(self.products), "tables": list(self.tables)}
         return {"scheme": self.scheme, "per_channel": self.per_channel, **names, "ranges": ranges}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], factors: Mapping[str, np.ndarray] | None = None) -> Int8Form:
-        """The form that :meth:`as_dict` wrote.
+    def from_dict(
+        cls,
+        content: Mapping[str, Any],
+        factors: Mapping[str, np.ndarray] | None = None,
+        integers: Mapping[str, np.ndarray] | None = None,
+    ) -> Int8Form:
+        """The form that :meth:`as_dict` wrote, and its arrays.
 
         Raises:
             InputError: an entry is missing or of another kind.
@@ -60,7 +68,8 @@ class Int8Form:
         if not isinstance(ranges, Mapping) or not all(_is_range(entry) for entry in ranges.values()):
             raise InputError("the int8 form holds a range that is not a pair of finite numbers with the lower one first")
         read = {str(name): Range(float(low), float(high)) for name, (low, high) in ranges.items()}
-        return cls(cast(Scheme, scheme), per_channel, tuple(products), read, dict(factors or {}), tuple(tables))
+        kind = cast(Scheme, scheme)
+        return cls(kind, per_channel, tuple(products), read, dict(factors or {}), tuple(tables), dict(integers or {}))
 
     def describe(self) -> str:
         """The kind of int8 in a few words, for people."""
@@ -69,7 +78,13 @@ class Int8Form:
     def without(self, products: Iterable[str]) -> Int8Form:
         """The same form with these products left in float."""
         left = set(products)
-        return replace(self, products=tuple(name for name in self.products if name not in left))
+        integers = {name: array for name, array in self.integers.items() if name not in left}
+        return replace(self, products=tuple(name for name in self.products if name not in left), integers=integers)
+
+    def present_in(self, nodes: Collection[str]) -> Int8Form:
+        """The part of the form that concerns these nodes: products and tables may leave a graph with what is pruned."""
+        form = self.without(name for name in self.products if name not in nodes)
+        return replace(form, tables=tuple(name for name in self.tables if name in nodes))
 
 
 def _is_range(entry: object) -> bool:

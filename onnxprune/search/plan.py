@@ -18,7 +18,7 @@ from onnxprune.graph.model import atomic_file
 from onnxprune.quantize.form import Int8Form
 
 SCHEMA = "onnxprune.plan/1"
-_FACTORS = "factors"
+_FACTORS, _INTEGERS = "factors", "integers"
 Changes = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -28,8 +28,8 @@ class Plan:
 
     ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow, in order;
     ``int8`` what computes in integers, and how (None: nothing does); ``example`` the shapes of inputs the model is known to run on;
-    ``changes`` the compensated constants by (node name, input slot). These and the smoothing factors of ``int8`` are stored beside the
-    JSON file as ``<name>.weights.npz`` and covered by a hash in it.
+    ``changes`` the compensated constants by (node name, input slot). These and the smoothing factors and
+    rounded weights of ``int8`` are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash in it.
     """
 
     version: str
@@ -60,7 +60,8 @@ class Plan:
             kept = len(self.kept[site])
             lines.append(f"{site:<{width}}  keeps {kept:>5} of {units:>5}  {'#' * round(20 * kept / units):<20}")
         if self.int8 is not None:
-            lines.append(f"{len(self.int8.products)} products in int8: {self.int8.describe()}")
+            tables = f" and {len(self.int8.tables)} embedding tables" if self.int8.tables else ""
+            lines.append(f"{len(self.int8.products)} products{tables} in int8: {self.int8.describe()}")
         lines += [str(refusal) for refusal in self.refusals]
         return "\n".join(lines)
 
@@ -74,10 +75,13 @@ class Plan:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that is stored beside the JSON file: compensated constants and smoothing factors."""
+        """Everything that is stored beside the JSON file: compensated constants, smoothing factors and rounded weights."""
         constants = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
-        factors = {f"{tensor}:{_FACTORS}": array for tensor, array in (self.int8.factors if self.int8 else {}).items()}
-        return constants | factors
+        if self.int8 is None:
+            return constants
+        factors = {f"{tensor}:{_FACTORS}": array for tensor, array in self.int8.factors.items()}
+        integers = {f"{node}:{_INTEGERS}": array for node, array in self.int8.integers.items()}
+        return constants | factors | integers
 
     @property
     def sha256(self) -> str:
@@ -142,7 +146,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     wanted = content.pop("compensation_sha256", None)
     content.pop("schema")
     try:
-        constants, factors = _read_arrays(weights_beside(source)) if wanted else ({}, {})
+        constants, factors, integers = _read_arrays(weights_beside(source)) if wanted else ({}, {}, {})
         plan = Plan(
             **{
                 **content,
@@ -151,7 +155,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "kept": {site: tuple(int(unit) for unit in units) for site, units in content["kept"].items()},
                 "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
                 "example": {name: tuple(int(size) for size in shape) for name, shape in content["example"].items()},
-                "int8": Int8Form.from_dict(content["int8"], factors) if content["int8"] is not None else None,
+                "int8": Int8Form.from_dict(content["int8"], factors, integers) if content["int8"] is not None else None,
                 "changes": constants,
             }
         )
@@ -164,18 +168,19 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return plan
 
 
-def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, np.ndarray]]:
-    """Compensated constants by (node, slot), and smoothing factors by tensor."""
+def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Compensated constants by (node, slot), smoothing factors by tensor, and integers by node."""
     if not path.is_file():
-        raise InputError(f"the plan needs its compensated weights: {path} is missing; copy it next to the plan")
-    constants, factors = {}, {}
+        raise InputError(f"the plan needs its weights: {path} is missing; copy it next to the plan")
+    constants: dict[tuple[str, int], np.ndarray] = {}
+    named: dict[str, dict[str, np.ndarray]] = {_FACTORS: {}, _INTEGERS: {}}
     for key, array in read_npz(path).items():
         name, slot = key.rsplit(":", 1)
-        if slot == _FACTORS:
-            factors[name] = array
+        if slot in named:
+            named[slot][name] = array
         else:
             constants[name, int(slot)] = array
-    return constants, factors
+    return constants, named[_FACTORS], named[_INTEGERS]
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:
