@@ -45,6 +45,11 @@ log = logging.getLogger(__name__)
 ModelSource = str | os.PathLike[str] | bytes | Model
 _FIDELITY_ROWS = 64
 PASSES = ("heads", "ffn")
+PRESETS = {"fastformers": ("heads", "ffn", "int8")}
+"""Pipelines from the literature by name: passes, with equal numbers of units in every layer.
+
+``fastformers``: Kim and Hassan 2020, heads and neurons by gradient, then int8; least squares take the place of its second distillation.
+"""
 RANDOM = "random"
 
 
@@ -66,8 +71,9 @@ class PruneResult:
 
 
 def settings(
-    passes: Iterable[str] = PASSES,
+    passes: Iterable[str] | None = None,
     *,
+    preset: str | None = None,
     target_latency: str | None = None,
     target_macs: str | None = None,
     target_params: str | None = None,
@@ -92,9 +98,14 @@ def settings(
 ) -> Settings:
     """Check options and put them into one value.
 
+    Args:
+        passes: names, or one string of names with commas; None takes those of ``preset``, or heads and ffn.
+        preset: a name in :data:`PRESETS`; it sets ``passes`` and ``uniform``.
+
     Raises:
-        InputError: an option is out of range, or more than one target is given.
+        InputError: an option is out of range or contradicts another one, or more than one target is given.
     """
+    passes, uniform = _pipeline(passes, preset, uniform)
     given = {"latency": target_latency, "macs": target_macs, "params": target_params, "size": target_size}
     targets = [parse_target(quantity, text) for quantity, text in given.items() if text is not None]  # type: ignore[arg-type]
     if len(targets) > 1:
@@ -108,9 +119,10 @@ def settings(
     for name, value, least in (("samples", samples, 8), ("rounds", rounds, 1), ("threads", threads, 0)):
         if value < least:
             raise InputError(f"--{name} {value} is too small; at least {least}")
-    names = tuple(passes.split(",")) if isinstance(passes, str) else tuple(passes)
+    if int8 != "auto" and "int8" not in passes:
+        raise InputError(f"--int8 {int8} says how, but int8 is not among the passes; add it: --passes {','.join((*passes, 'int8'))}")
     return Settings(
-        passes=names,
+        passes=passes,
         target=targets[0] if targets else Target("latency", None),
         keep=tuple(keep),
         exclude=tuple(exclude),
@@ -125,6 +137,18 @@ def settings(
         finishing=finishing,
         int8=int8,
     )
+
+
+def _pipeline(passes: Iterable[str] | None, preset: str | None, uniform: bool) -> tuple[tuple[str, ...], bool]:
+    """Names of the passes, and whether all layers keep equal numbers."""
+    if preset is None:
+        names = PASSES if passes is None else passes.split(",") if isinstance(passes, str) else passes
+        return tuple(name.strip() for name in names), uniform
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    if passes is not None:
+        raise InputError(f"--preset {preset} stands for --passes {','.join(PRESETS[preset])} with equal layers; give one of the two")
+    return PRESETS[preset], True
 
 
 def parse_share(value: float | str | None, option: str) -> float | None:

@@ -166,10 +166,14 @@ settings_options = stack(
     option(
         "--passes",
         heading="What to prune",
-        default="heads,ffn",
-        show_default=True,
         metavar="A,B",
-        help="Passes to run; see onnxprune passes.",
+        help="Passes to run; see onnxprune passes. Default: heads,ffn.",
+    ),
+    option(
+        "--preset",
+        heading="What to prune",
+        type=click.Choice(["fastformers"]),
+        help="In place of --passes: heads,ffn,int8 with equal numbers of heads and neurons in every layer.",
     ),
     option(
         "--no-finishing",
@@ -218,6 +222,14 @@ settings_options = stack(
         default=4,
         show_default=True,
         help="Score, cut, re-fit so many times on the way.",
+    ),
+    option(
+        "--int8",
+        heading="How to decide",
+        type=click.Choice(["auto", "dynamic", "static"]),
+        default="auto",
+        show_default=True,
+        help="How the int8 pass scales activations: at run time, by calibration, or what measures best.",
     ),
     seed_option,
     runtime_options,

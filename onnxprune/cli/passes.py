@@ -14,9 +14,9 @@ def passes(name: str | None, as_json: bool) -> None:
     """List the passes, or say what one pass does and needs."""
     from onnxprune.cli.screen import Screen
     from onnxprune.passes.base import registry, select
-    from onnxprune.report.tables import pass_details, pass_table
+    from onnxprune.report.tables import pass_details, pass_facts, pass_table
 
     screen = Screen(as_json)
     chosen = select([name] if name else registry())
     screen.print(pass_details(chosen[0]) if name else pass_table(chosen))
-    screen.result([{"name": item.name, "summary": item.summary, "detail": item.detail, "needs": list(item.needs)} for item in chosen])
+    screen.result([pass_facts(item) for item in chosen])

@@ -14,6 +14,7 @@ from onnxprune.cli.options import Command, beside, examples, file_option, json_o
     cls=Command,
     epilog=examples(
         "onnxprune plan model.onnx --target-latency 60% --calib data.npz -o plan.json",
+        "onnxprune plan model.onnx --passes heads,ffn,int8 --target-latency 25% --calib data.npz -o plan.json",
         "onnxprune plan model.onnx --target-macs 50% --exclude ffn --calib data.npz -o plan.json",
         "onnxprune apply model.onnx plan.json -o small.onnx",
     ),

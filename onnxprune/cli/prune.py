@@ -28,6 +28,9 @@ from onnxprune.cli.options import (
         "onnxprune model.onnx --target-latency --max-drop 0.5% --calib data.npz",
         "onnxprune model.onnx --target-latency 60% --input-shape input_ids:1x128 --threads 4",
         "onnxprune model.onnx --target-params 50% --keep 'layer\\.0\\.' --calib data.npz",
+        "onnxprune model.onnx --passes heads,ffn,int8 --target-latency 25% --calib data.npz",
+        "onnxprune model.onnx --passes int8 --calib data.npz      # as far as a 1% loss allows",
+        "onnxprune model.onnx --preset fastformers --target-latency 30% --calib data.npz",
         "onnxprune model.onnx --target-latency 60% --json > run.json",
     ),
 )

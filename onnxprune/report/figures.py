@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxprune.report.numbers import figures, milliseconds, percent, times
+from onnxprune.report.story import FINISHED, GIVEN, group_name, group_state
 
 Record = Mapping[str, Any]
 _WIDTH = 560.0
 """Drawing width in SVG units of everything that has a scale."""
+_GROUPS = 32
 
 
 def latency_bars(benchmark: Record) -> list[dict[str, Any]]:
@@ -23,6 +25,7 @@ def latency_bars(benchmark: Record) -> list[dict[str, Any]]:
         bars.append(
             {
                 "name": name,
+                "tone": _tone(name, variants),
                 "width": width,
                 "low": width * gain["median"] / gain["high"],
                 "high": width * gain["median"] / gain["low"],
@@ -31,6 +34,11 @@ def latency_bars(benchmark: Record) -> list[dict[str, Any]]:
             }
         )
     return bars
+
+
+def _tone(name: str, variants: Record) -> str:
+    """Drawing class: the reference, what was shipped, and what lies between them."""
+    return "given" if name == GIVEN else "full" if name == list(variants)[-1] and name != FINISHED else "half"
 
 
 def latency_boxes(benchmark: Record) -> dict[str, Any]:
@@ -46,7 +54,12 @@ def latency_boxes(benchmark: Record) -> dict[str, Any]:
         return float(_WIDTH * (value - start) / span)
 
     boxes = [
-        {"name": name, **{word: x(row[key]) for word, key in _QUANTILES.items()}, "median_label": milliseconds(row["0.5"])}
+        {
+            "name": name,
+            "tone": _tone(name, rows),
+            **{word: x(row[key]) for word, key in _QUANTILES.items()},
+            "median_label": milliseconds(row["0.5"]),
+        }
         for name, row in rows.items()
     ]
     return {"boxes": boxes, "ticks": [{"x": x(value), "label": figures(value)} for value in _ticks(start, start + span)]}
@@ -84,12 +97,34 @@ def layers(record: Record) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def intervals(comparison: Record) -> dict[str, Any] | None:
-    """Accuracy before and after on one axis; without labels, agreement or cosine alone."""
-    named = [("original", "accuracy_before"), ("pruned", "accuracy_after")]
-    if comparison.get("accuracy_before") is None:
-        named = [("agreement", "agreement")] if comparison.get("agreement") is not None else [("cosine", "cosine")]
-    found = [(label, comparison[key]) for label, key in named if comparison.get(key) is not None]
+def sensitivity(known: Record) -> dict[str, Any]:
+    """One bar a group of products, the longest error first; beyond a page, the others as one number."""
+    groups = sorted(known["groups"], key=lambda group: -group["error"])
+    most = groups[0]["error"] if groups else 0.0
+    work = sum(group["macs"] for group in groups) or 1.0
+    rows = [
+        {
+            "name": group_name(group),
+            "part": max(group["error"], 0.0) / most if most > 0 else 0.0,
+            "error": figures(group["error"]),
+            "share": percent(group["macs"] / work),
+            "state": group_state(group, known),
+        }
+        for group in groups[:_GROUPS]
+    ]
+    rest = groups[_GROUPS:]
+    return {"rows": rows, "more": len(rest), "in_float": sum(group_state(group, known) == "float" for group in rest)}
+
+
+def intervals(chain: Mapping[str, Record]) -> dict[str, Any] | None:
+    """Accuracy of the original and of every step on one axis; without labels, agreement or cosine of the steps."""
+    steps = list(chain.items())
+    if not steps:
+        return None
+    first = steps[0][1]
+    key = "accuracy_after" if first["accuracy_before"] is not None else "agreement" if first["agreement"] is not None else "cosine"
+    found = [("original", first["accuracy_before"])] if key == "accuracy_after" else []
+    found += [(name, step[key]) for name, step in steps if step[key] is not None]
     if not found:
         return None
     low = min(interval["low"] for _, interval in found)
@@ -103,6 +138,7 @@ def intervals(comparison: Record) -> dict[str, Any] | None:
     rows = [
         {
             "name": label,
+            "tone": "given" if label == "original" else "full" if label == steps[-1][0] else "half",
             "value": x(i["value"]),
             "low": x(i["low"]),
             "high": x(i["high"]),

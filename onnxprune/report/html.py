@@ -27,6 +27,8 @@ def render(record: Mapping[str, Any]) -> str:
     """
     benchmark = record.get("benchmark")
     comparison = record.get("verification", {}).get("against_original")
+    chain = record.get("chain") or ({"pruned": comparison} if comparison else {})
+    known = record.get("int8") or {}
     return _template().render(
         record=record,
         verdict=story.verdict(record),
@@ -40,7 +42,15 @@ def render(record: Mapping[str, Any]) -> str:
         bars=figures.latency_bars(benchmark) if benchmark else [],
         spread=figures.latency_boxes(benchmark) if benchmark else None,
         layers=figures.layers(record),
-        accuracy=figures.intervals(comparison) if comparison else None,
+        accuracy=figures.intervals(chain),
+        chain=chain,
+        measures=story.measures(chain),
+        measured_as=story.measured_as,
+        kept=story.kept(record),
+        finishing=record.get("finishing", []),
+        int8=known if known.get("trials") else None,
+        sensitivity=figures.sensitivity(known) if known.get("groups") else None,
+        divergence=story.divergence(record),
         command=shlex.join(record["command"]),
         numbers=numbers,
         variants=(benchmark or {}).get("variants", {}),

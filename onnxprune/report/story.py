@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnxprune.report.numbers import cost, milliseconds, percent, points, times
+from onnxprune.report.numbers import cost, figures, milliseconds, percent, points, times
 
 _WORDS = {"macs": "multiply-adds", "params": "parameters", "size": "file size"}
 Record = Mapping[str, Any]
-GIVEN, FINISHED, PRUNED = "file as given", "finished original", "pruned"
+GIVEN, FINISHED, PRUNED, COPY = "file as given", "finished original", "pruned", "finished copy"
+_PLUS = " + "
+_NAMED = 6
+"""Groups in float beyond this many are counted."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed-ups (a/b of latencies); ``pruning`` is what remains of ``total`` after what ``finishing`` alone brings."""
+    """Speed-ups (a/b of latencies). ``parts`` are factors of ``total`` by what brought them, each measured on top of those before."""
 
     total: float
     low: float
     high: float
-    finishing: float
-    pruning: float
+    parts: Mapping[str, float]
 
     @property
     def certain(self) -> bool:
@@ -38,13 +40,29 @@ class Speed:
         return self.low > 1 or self.high < 1
 
 
+def shipped(record: Record) -> str | None:
+    """What the benchmark calls the model that was written, such as ``pruned`` or ``pruned + int8``; None without a benchmark."""
+    variants = (record.get("benchmark") or {}).get("variants", {})
+    names = [name for name in variants if name not in (GIVEN, FINISHED)]
+    return names[-1] if names and FINISHED in variants else None
+
+
 def speed(record: Record) -> Speed | None:
     """None without a benchmark."""
-    variants = (record.get("benchmark") or {}).get("variants", {})
-    if PRUNED not in variants or FINISHED not in variants:
+    last = shipped(record)
+    if last is None:
         return None
-    total, finishing = variants[PRUNED]["speedup"], variants[FINISHED]["speedup"]["median"]
-    return Speed(total["median"], total["low"], total["high"], finishing, total["median"] / finishing)
+    gains = {name: variant["speedup"] for name, variant in record["benchmark"]["variants"].items()}
+    parts = {"finishing the graph": gains[FINISHED]["median"]}
+    so_far = parts["finishing the graph"]
+    if last.startswith(PRUNED):
+        reached = gains[PRUNED]["median"]
+        parts["pruning"] = reached / so_far
+        so_far = reached
+    numbers = "" if last == COPY else last.removeprefix(PRUNED).removeprefix(_PLUS)
+    if numbers:
+        parts[numbers] = gains[last]["median"] / so_far
+    return Speed(gains[last]["median"], gains[last]["low"], gains[last]["high"], parts)
 
 
 def failed_gates(record: Record) -> list[Mapping[str, Any]]:
@@ -98,7 +116,8 @@ def verdict(record: Record) -> Verdict:
     limit = "; ".join(
         f"{gate['name']} {percent(gate['value'], 2)}, at most {percent(gate['limit'], 2)} allowed" for gate in record.get("gates", ())
     )
-    return Verdict("good", "Done", f"Target {asked(record)} met; {limit or 'no --max-drop was set'}.")
+    reached = asked(record) if target["goal"] is None else f"target {asked(record)} met"
+    return Verdict("good", "Done", f"{reached[:1].upper()}{reached[1:]}; {limit or 'no --max-drop was set'}.")
 
 
 def asked(record: Record) -> str:
@@ -122,7 +141,7 @@ def quality(comparison: Record | None) -> tuple[str, str, str]:
         return (
             "accuracy",
             percent(after),
-            f"was {percent(before)}: {points(-drop['value'])} [{-100 * drop['high']:+.2f}, {-100 * drop['low']:+.2f}], {rows}",
+            f"was {percent(before)}: {points(-drop['value'])} [{points(-drop['high'])}, {points(-drop['low'])}], {rows}",
         )
     if (agreement := comparison.get("agreement")) is not None:
         return (
@@ -143,7 +162,7 @@ def headline(record: Record) -> str:
     if gained is None:
         return words
     variants = record["benchmark"]["variants"]
-    change = f"{milliseconds(variants[GIVEN]['latency_ms'])} to {milliseconds(variants[PRUNED]['latency_ms'])}"
+    change = f"{milliseconds(variants[GIVEN]['latency_ms'])} to {milliseconds(variants[shipped(record)]['latency_ms'])}"
     if not gained.certain:
         return f"no measurable change of latency ({change}), {words}"
     return f"{times(gained.total)} as fast ({change}), {words}"
@@ -152,4 +171,96 @@ def headline(record: Record) -> str:
 def split(record: Record) -> str:
     """Where the speed-up comes from; empty without a benchmark."""
     gained = speed(record)
-    return f"{times(gained.finishing)} from finishing the graph, {times(gained.pruning)} from pruning" if gained else ""
+    return ", ".join(f"{times(factor)} from {what}" for what, factor in gained.parts.items()) if gained else ""
+
+
+# --- int8 --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Integers:
+    """``count`` of ``total`` products, ``share`` of their multiply-adds, compute in int8 by ``scheme``; ``floats`` are the other groups."""
+
+    scheme: str
+    count: int
+    total: int
+    share: float
+    floats: tuple[str, ...]
+
+
+def integers(record: Record) -> Integers | None:
+    """None if nothing computes in int8."""
+    known = record.get("int8") or {}
+    if known.get("scheme") is None:
+        return None
+    in_float = [group for group in known["groups"] if _in_float(group, known)]
+    names = {name for group in known["groups"] for name in group["products"]}
+    whole = sum(group["macs"] for group in known["groups"])
+    share = 1 - sum(group["macs"] for group in in_float) / whole if whole else 0.0
+    return Integers(known["scheme"], len(names - set(known["float"])), len(names), share, tuple(group_name(group) for group in in_float))
+
+
+def _in_float(group: Record, known: Record) -> bool:
+    return group["products"][0] in known["float"]
+
+
+def group_name(group: Record) -> str:
+    """The site, if the group is in one, and its first product."""
+    first, *others = group["products"]
+    name = f"{first} and {len(others)} more" if others else str(first)
+    return f"{group['site']}: {name}" if group["site"] else name
+
+
+def group_state(group: Record, known: Record) -> str:
+    """What became of a group of products: "int8", "int8, smoothed" or "float"."""
+    if known["scheme"] is None or _in_float(group, known):
+        return "float"
+    return "int8, smoothed" if group["smoothed"] else "int8"
+
+
+def kept(record: Record) -> str:
+    """What stays: units by kind, and products by numbers; empty if neither was decided."""
+    words = []
+    for kind, unit in (("heads", "heads"), ("ffn", "neurons")):
+        sites = [site for site in record["sites"] if site["kind"] == kind]
+        if sites:
+            stay, units = sum(site["kept"] for site in sites), sum(site["units"] for site in sites)
+            words.append(f"{f'{stay:,} of' if stay < units else 'all'} {units:,} {unit} kept")
+    if (found := integers(record)) is not None:
+        which = f"{found.count:,} of" if found.count < found.total else "all"
+        words.append(f"{which} {found.total:,} products compute in int8 ({found.scheme})")
+        if found.floats:
+            more = f" and {len(found.floats) - _NAMED} more" if len(found.floats) > _NAMED else ""
+            words.append(f"in float: {', '.join(found.floats[:_NAMED])}{more}")
+    elif (record.get("int8") or {}).get("trials"):
+        words.append("nothing computes in int8")
+    return "; ".join(words)
+
+
+def divergence(record: Record) -> str:
+    """What the errors of int8 are measured in."""
+    return "KL divergence in nats" if record["objective"]["link"] != "identity" else "1 - cosine"
+
+
+# --- quality of several models -----------------------------------------------------------------------------------------------------
+
+
+def measures(chain: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """Columns of quality: (heading, key of a comparison); empty if nothing was compared."""
+    first = next(iter(chain.values()), None)
+    if first is None:
+        return []
+    if first["cosine"] is not None:
+        return [("cosine", "cosine"), ("rel. error", "relative_error")]
+    told = ("accuracy", "accuracy_after") if first["drop"] is not None else ("agreement", "agreement")
+    return [told, ("KL", "kl")]
+
+
+def measured_as(chain: Mapping[str, Record], variants: Sequence[str], name: str, key: str) -> str:
+    """One cell of those columns; the first variant is what the others are compared with."""
+    if name in chain:
+        value = chain[name][key]["value"]
+        return f"{value:.4f}" if key == "cosine" else figures(value, 2) if key == "kl" else percent(value)
+    if name != variants[0]:
+        return "same" if name == FINISHED else "-"
+    return percent(next(iter(chain.values()))["accuracy_before"]["value"]) if key == "accuracy_after" else "-"

@@ -25,17 +25,21 @@ _TONES = {"good": "bold green", "warn": "bold yellow", "bad": "bold red", "plain
 _BAR = 24
 _ROWS = 40
 """Sites beyond this many are summed up."""
+_SENSITIVE = 5
+"""So many groups of products are named; the report shows all."""
 
 
 def run_tables(record: Record, run_dir: Path | None) -> list[RenderableType]:
     """Everything a run has to say: verdict, before and after, sites, refusals, gates, files."""
     parts: list[RenderableType] = [_verdict(record), _facts(record)]
     if measured := record.get("benchmark"):
-        parts += [benchmark_table(measured), benchmark_note(measured)]
+        parts += [benchmark_table(measured, record.get("chain")), benchmark_note(measured)]
     if compared := record.get("verification", {}).get("against_original"):
         parts.append(quality_table(compared))
-    if not record["target"]["already_met"]:
+    if record["sites"] and not record["target"]["already_met"]:
         parts.append(sites_table(record["sites"]))
+    if tried := (record.get("int8") or {}).get("trials"):
+        parts += [_trials(record, tried), *_sensitive(record)]
     if record["refusals"]:
         parts.append(refusals_table(record["refusals"]))
     if record["gates"]:
@@ -50,22 +54,34 @@ def _verdict(record: Record) -> Text:
     text = Text.assemble((verdict.title, _TONES[verdict.tone]), ("  " + verdict.detail, ""))
     if line := story.headline(record):
         text.append("\n" + "; ".join(filter(None, (line, story.split(record)))))
+    if line := story.kept(record):
+        text.append(f"\n{line[:1].upper()}{line[1:]}")
     return text
 
 
 def _facts(record: Record) -> Table:
     """What was decided on what."""
     data, recipe = record["calibration"], record["recipe"]
-    rounds = f"{recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}"
+    how = f"{recipe['importance']}, {recipe['compensation']}, {recipe['rounds']} round{'s' * (recipe['rounds'] != 1)}; "
+    even = "equal layers; " if recipe.get("uniform") else ""
     beside = Path(str(record["input"]["path"])).with_suffix(".calib.npz")
     found = " (found beside the model)" if "--calib" not in " ".join(record["command"]) and data["origin"] == str(beside) else ""
     rows = [
         ("model", f"{record['input']['path']}, opset {record['input']['opset']}, {count(record['input']['parameters'])} parameters"),
         ("data", f"{data['origin']}{found}: {data['rows']:,} rows decided, {data['held_back']:,} held back"),
         ("preserved", f"{record['objective']['output']} ({record['objective']['why']})"),
-        ("recipe", f"{', '.join(record['passes'])}; {recipe['importance']}, {recipe['compensation']}, {rounds}; seed {record['seed']}"),
+        ("recipe", f"{', '.join(record['passes'])}; {how if record['sites'] else ''}{even}seed {record['seed']}"),
     ]
+    if record.get("finishing"):
+        rows.append(("finishing", ", ".join(_part(part) for part in record["finishing"])))
     return _pairs([*rows, ("took", seconds(record["wall_s"]))])
+
+
+def _part(part: Record) -> str:
+    """``residual-sum 1.12x``, or why it was left out."""
+    if part["kept"]:
+        return f"{part['name']} {times(part['speedup'])}"
+    return f"{part['name']} left out ({part['why']})"
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
@@ -93,27 +109,32 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
     return table
 
 
-def benchmark_table(benchmark: Record) -> Table:
-    """Variants side by side; the first is what the speed-ups refer to."""
+def benchmark_table(benchmark: Record, chain: Mapping[str, Record] | None = None) -> Table:
+    """Variants side by side; the first is what the speed-ups refer to.
+
+    Args:
+        chain: variant -> comparison with the first one; by default what the variants hold under ``quality``.
+    """
     variants = benchmark["variants"]
-    finished = variants.get(story.FINISHED)
-    columns = ["", "latency", "speed-up [95%]", *(["vs finished"] if finished else []), "file", "params", "MACs", "memory"]
-    table = _table("Before and after" if finished else "Benchmark", *columns)
+    if chain is None:
+        chain = {name: result["quality"] for name, result in variants.items() if result.get("quality")}
+    measures = story.measures(chain)
+    last = [heading for heading, _ in measures] or ["memory"]  # a page is not wide enough for both
+    columns = ["", "latency", "speed-up [95%]", "file", "params", "MACs", *last]
+    table = _table("Before and after" if story.FINISHED in variants else "Benchmark", *columns)
     for column in table.columns[1:]:
         column.no_wrap = True
     for name, result in variants.items():
         gain = result["speedup"]
         style = "bold green" if gain["low"] > 1 else "bold red" if gain["high"] < 1 else ""
-        versus = [times(gain["median"] / finished["speedup"]["median"])] if finished else []
         table.add_row(
             Text(name),
             milliseconds(result["latency_ms"]),
             Text.assemble((times(gain["median"]), style), f" [{gain['low']:.2f}, {gain['high']:.2f}]"),
-            *versus,
             size(result["bytes"]),
             count(result["parameters"]),
             count(result["macs"]),
-            size(result["peak_memory_bytes"]),
+            *([story.measured_as(chain, list(variants), name, key) for _, key in measures] or [size(result["peak_memory_bytes"])]),
         )
     return table
 
@@ -160,6 +181,28 @@ def sites_table(sites: Sequence[Record]) -> Table:
         kept, units = sum(site["kept"] for site in rest), sum(site["units"] for site in rest)
         table.add_row(f"{len(rest)} more sites", _bar(kept / units), f"{kept:,}", f"{units:,}", percent(kept / units, 0))
     return table
+
+
+def _trials(record: Record, trials: Sequence[Record]) -> Table:
+    """int8 schemes tried on the unpruned model."""
+    table = _table("int8: schemes tried on the unpruned model", "scheme", "", "speed-up over float", story.divergence(record), left=2)
+    for trial in trials:
+        chosen = Text("taken", "green") if trial["scheme"] == record["int8"]["scheme"] else Text()
+        table.add_row(trial["scheme"], chosen, times(trial["speedup"]), figures(trial["divergence"]))
+    return table
+
+
+def _sensitive(record: Record) -> list[Table]:
+    """The products that int8 costs most."""
+    known = record["int8"]
+    groups = sorted(known["groups"], key=lambda group: -group["error"])[:_SENSITIVE]
+    if not groups:
+        return []
+    table = _table(f"int8: most sensitive of {len(known['groups'])} groups", "products", "error alone", "", left=1)
+    table.columns[-1].justify = "left"
+    for group in groups:
+        table.add_row(Text(story.group_name(group)), figures(group["error"]), story.group_state(group, known))
+    return [table]
 
 
 def _bar(share: float, style: str = "cyan") -> Text:
@@ -254,22 +297,35 @@ def why_tables(found: Record, name: str) -> list[RenderableType]:
     return [Text(f"no site and no refusal holds {name!r}; sites are named like {names}", "yellow")]
 
 
+def pass_facts(item: Pass) -> dict[str, Any]:
+    """What a pass does. ``kind``: it takes units out, computes in other numbers, or leaves the numbers as they are."""
+    same = "same numbers" if getattr(item, "exact", False) else "other numbers"
+    return {
+        "name": item.name,
+        "summary": item.summary,
+        "detail": item.detail,
+        "kind": "removes units" if hasattr(item, "kind") else same,
+        "needs": list(item.needs),
+        "tried": list(getattr(item, "finishing", ())),
+    }
+
+
 def pass_table(passes: Sequence[Pass]) -> Table:
-    table = _table("Passes", "name", "what it does", "needs", left=3)
+    table = _table("Passes", "name", "what it does", "kind", "needs", left=4)
     for item in passes:
-        table.add_row(item.name, item.summary, ", ".join(item.needs) or "nothing")
+        facts = pass_facts(item)
+        table.add_row(item.name, item.summary, facts["kind"], ", ".join(item.needs) or "nothing")
+    for column in (table.columns[0], table.columns[2]):
+        column.no_wrap = True
     return table
 
 
 def pass_details(item: Pass) -> Group:
-    return Group(
-        Text(item.name, "bold"),
-        Text(item.summary),
-        Text(),
-        Text(item.detail),
-        Text(),
-        Text(f"needs: {', '.join(item.needs) or 'nothing'}", "dim"),
-    )
+    facts = pass_facts(item)
+    rows = [("kind", facts["kind"]), ("needs", ", ".join(item.needs) or "nothing")]
+    if facts["tried"]:
+        rows.append(("tried", f"in every run on {', '.join(facts['tried'])} and kept if faster; named in --passes, it runs unasked"))
+    return Group(Text(item.name, "bold"), Text(item.summary), Text(), Text(item.detail), Text(), _pairs(rows))
 
 
 def doctor_table(facts: Record, providers: Mapping[str, str]) -> Group:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 
 import onnxprune
+from onnxprune.api import PRESETS, settings
 from onnxprune.cli import main
 from tests.cli.cases import QUICK, contents, fill, run
 from tests.passes.cases import brief_benchmarks
@@ -115,6 +116,37 @@ def test_shapes_and_choices_reach_the_library() -> None:
     assert params["input_shapes"] == (("a", (1, 128)), ("b::c", (4,)))
     assert (params["external_data"], params["finishing"]) == (False, False)
     assert parsed("m.onnx").params["finishing"] is True
+
+
+def test_how_int8_is_done_and_presets_reach_the_library() -> None:
+    params = parsed("m.onnx", "--preset", "fastformers", "--int8", "static").params
+    assert (params["preset"], params["passes"], params["int8"]) == ("fastformers", None, "static")
+    assert parsed("plan", "m.onnx").params["int8"] == "auto"
+    preset = next(param for param in main.commands["prune"].params if param.name == "preset")
+    assert isinstance(preset.type, click.Choice)
+    assert tuple(preset.type.choices) == tuple(PRESETS)
+
+
+def test_a_preset_sets_passes_and_equal_layers() -> None:
+    chosen = settings(preset="fastformers", int8="dynamic")
+    assert chosen.passes == ("heads", "ffn", "int8")
+    assert chosen.recipe.uniform
+    assert not settings().recipe.uniform
+    assert settings(passes="ffn, int8").passes == ("ffn", "int8")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--preset", "fastformers", "--passes", "heads,ffn"), "stands for --passes heads,ffn,int8 with equal layers; give one of the two"),
+        (("--int8", "static"), "int8 is not among the passes; add it: --passes heads,ffn,int8"),
+        (("--preset", "fastformer"), "'fastformer' is not 'fastformers'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(folder: Path, words: tuple[str, ...], message: str) -> None:
+    result = run("model.onnx", "--calib", "data.npz", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
 
 
 # --- prune -------------------------------------------------------------------------------------------------------------------------
@@ -237,6 +269,19 @@ def test_passes_are_listed_and_explained() -> None:
     assert {item["name"] for item in json.loads(run("passes", "--json").stdout)} >= {"heads", "ffn", "residual-sum"}
     assert "query, key and value" in run("passes", "heads").stdout
     assert "did you mean 'heads'?" in run("passes", "head").stderr
+
+
+def test_passes_say_whether_the_numbers_stay_and_what_every_run_tries() -> None:
+    known = {item["name"]: item for item in json.loads(run("passes", "--json").stdout)}
+    assert {name: item["kind"] for name, item in known.items() if name in ("heads", "int8", "fp16", "fuse-attention")} == {
+        "heads": "removes units",
+        "int8": "other numbers",
+        "fp16": "other numbers",
+        "fuse-attention": "same numbers",
+    }
+    assert known["residual-sum"]["tried"] == ["cpu"]
+    assert known["int4"]["tried"] == []
+    assert "in every run on cpu, cuda" in run("passes", "fuse-attention").stdout
 
 
 def test_doctor_starts_the_cpu_provider() -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from onnxprune.report import figures, story
 from onnxprune.report.html import render, write_report
 from onnxprune.report.tables import run_tables
+from onnxprune.runtime.measure import Ratio
 from tests.cli.cases import QUICK, fill, run
 from tests.passes.cases import brief_benchmarks
 
@@ -27,13 +28,29 @@ Record = dict[str, Any]
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a benchmark and a gate that holds."""
-    folder = tmp_path_factory.mktemp("run")
+    return run_of(tmp_path_factory.mktemp("run"))
+
+
+def run_of(folder: Path, *words: str) -> Path:
     fill(folder)
     with pytest.MonkeyPatch.context() as patch:
         brief_benchmarks(patch)
-        result = run(folder / "model.onnx", "--calib", folder / "data.npz", *QUICK[:-1], "--max-drop", "99%", "-q")
+        result = run(folder / "model.onnx", "--calib", folder / "data.npz", *QUICK[:-1], "--max-drop", "99%", *words, "-q")
     assert result.exit_code == 0, result.stderr
     return folder / "model.pruned.run"
+
+
+@pytest.fixture(scope="module")
+def integer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads and neurons removed, and products in int8; faster or not is not the matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxprune.passes.int8.ratio", lambda *args: Ratio(2.0, 1.9, 2.1))
+        return run_of(tmp_path_factory.mktemp("integers"), "--passes", "heads,ffn,int8")
+
+
+@pytest.fixture
+def integers(integer_dir: Path) -> Record:
+    return json.loads((integer_dir / "run.json").read_text())  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -55,6 +72,17 @@ def test_a_real_run_is_what_its_schema_says(run_dir: Path, name: str) -> None:
     assert set(content) == set(validator(name).schema["properties"])
     with pytest.raises(jsonschema.ValidationError):
         validator(name).validate({**content, "passes": "heads"})
+
+
+def test_a_run_in_int8_is_what_its_schema_says(integer_dir: Path) -> None:
+    for name in ("run", "plan"):
+        validator(name).validate(json.loads((integer_dir / f"{name}.json").read_text()))
+    record = json.loads((integer_dir / "run.json").read_text())
+    assert record["int8"]["scheme"] in [trial["scheme"] for trial in record["int8"]["trials"]]
+    assert list(record["chain"]) == ["int8", "pruned", "pruned + int8"] == list(record["benchmark"]["variants"])[2:]
+    broken = {**record["int8"], "groups": [{"tensor": "x"}]}
+    with pytest.raises(jsonschema.ValidationError):
+        validator("run").validate({**record, "int8": broken})
 
 
 def test_a_dry_run_is_what_its_schema_says(tmp_path: Path) -> None:
@@ -152,9 +180,36 @@ def test_finishing_and_pruning_multiply_to_the_whole(record: Record) -> None:
     variants["finished original"]["speedup"] = {"median": 1.25, "low": 1.2, "high": 1.3}
     variants["pruned"]["speedup"] = {"median": 2.0, "low": 1.9, "high": 2.1}
     gained = story.speed(record)
-    assert gained == story.Speed(2.0, 1.9, 2.1, 1.25, 1.6)
+    assert gained == story.Speed(2.0, 1.9, 2.1, {"finishing the graph": 1.25, "pruning": 1.6})
     assert gained.certain
     assert story.split(record) == "1.25x from finishing the graph, 1.60x from pruning"
+
+
+def speeds(record: Record, **gains: float) -> None:
+    """Variants of these names and speed-ups in place of the record's own."""
+    some = record["benchmark"]["variants"]["pruned"]
+    record["benchmark"]["variants"] = {
+        name.replace("_and_", " + ").replace("_", " "): {**some, "speedup": {"median": gain, "low": gain * 0.99, "high": gain * 1.01}}
+        for name, gain in gains.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("gains", "split"),
+    [
+        ({"int8": 2.5}, "1.25x from finishing the graph, 2.00x from int8"),
+        ({"int8": 2.5, "pruned": 2.0, "pruned_and_int8": 4.0}, "1.25x from finishing the graph, 1.60x from pruning, 2.00x from int8"),
+        ({"pruned": 2.5, "pruned_and_fp16": 3.0}, "1.25x from finishing the graph, 2.00x from pruning, 1.20x from fp16"),
+        ({"finished_copy": 1.25}, "1.25x from finishing the graph"),
+    ],
+)
+def test_every_step_of_the_chain_gets_its_factor(record: Record, gains: dict[str, float], split: str) -> None:
+    speeds(record, file_as_given=1.0, finished_original=1.25, **gains)
+    assert story.split(record) == split
+    gained = story.speed(record)
+    assert gained is not None
+    assert gained.total == list(gains.values())[-1]
+    assert f"{gained.total:.2f}x as fast" in story.headline(record)
 
 
 def test_a_speed_up_inside_the_noise_is_not_claimed(record: Record) -> None:
@@ -194,6 +249,99 @@ def test_the_drawing_of_latencies_keeps_their_ratios(record: Record) -> None:
     assert all(bar["low"] <= bar["width"] <= bar["high"] for bar in (first, second, third))
 
 
+# --- int8 and finishing ------------------------------------------------------------------------------------------------------------
+
+
+def words_of(record: Record) -> str:
+    return " ".join(" ".join(Page(render(record)).words).split())
+
+
+def printed(record: Record) -> str:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in run_tables(record, Path("small.run")):
+        console.print(part)
+    return console.export_text()
+
+
+def test_the_report_shows_the_chain_with_its_quality(integers: Record) -> None:
+    integers["chain"]["int8"]["agreement"]["value"] = 0.876
+    integers["chain"]["pruned"]["kl"]["value"] = 0.123
+    for text in (words_of(integers), printed(integers)):
+        for expected in ("finished original", "pruned + int8", "87.6%", "0.12", "same"):
+            assert expected in text, expected
+
+
+def test_schemes_and_sensitive_products_are_shown(integers: Record) -> None:
+    known = integers["int8"]
+    known["groups"] = [
+        {"tensor": "a", "site": "layer.0.ffn", "products": ["up"], "macs": 30.0, "error": 0.4, "smoothed": True},
+        {"tensor": "b", "site": None, "products": ["query", "key"], "macs": 10.0, "error": 0.1, "smoothed": False},
+        {"tensor": "c", "site": None, "products": ["scores"], "macs": 60.0, "error": 0.8, "smoothed": False},
+    ]
+    known["float"] = ["key", "query"]
+    for text in (words_of(integers), printed(integers)):
+        for expected in (known["scheme"], "layer.0.ffn: up", "int8, smoothed", "query and 1 more", "in float: query and 1 more"):
+            assert expected in text, expected
+        assert "2 of 4 products compute in int8" in text
+    assert story.integers(integers) == story.Integers(known["scheme"], 2, 4, 0.9, ("query and 1 more",))
+    drawn = figures.sensitivity(known)["rows"]
+    assert [(row["name"], row["part"], row["share"], row["state"]) for row in drawn] == [
+        ("scores", 1.0, "60.0%", "int8"),
+        ("layer.0.ffn: up", 0.5, "30.0%", "int8, smoothed"),
+        ("query and 1 more", 0.125, "10.0%", "float"),
+    ]
+
+
+def test_beyond_a_page_groups_are_counted(integers: Record) -> None:
+    known = integers["int8"]
+    known["groups"] = [
+        {"tensor": f"t{n}", "site": None, "products": [f"p{n}"], "macs": 1.0, "error": 1 / (n + 1), "smoothed": False} for n in range(40)
+    ]
+    known["float"] = ["p0", "p39"]
+    assert figures.sensitivity(known) | {"rows": None} == {"rows": None, "more": 8, "in_float": 1}
+    assert "8 more groups of smaller error, 1 of them in float" in words_of(integers)
+    known["float"] = [f"p{n}" for n in range(9)]
+    assert "in float: p0, p1, p2, p3, p4, p5 and 3 more" in story.kept(integers)
+
+
+def test_int8_alone_has_no_sites_to_show(integers: Record) -> None:
+    integers |= {"sites": [], "passes": ["int8"], "compensation": [], "chain": {"int8": integers["chain"]["int8"]}}
+    speeds(integers, file_as_given=1.0, finished_original=1.25, int8=2.5)
+    for text in (words_of(integers), printed(integers)):
+        assert "2.50x as fast" in text
+        assert "products compute in int8" in text
+        for unwanted in ("What stays in each layer", "heads kept", "units kept", "Kept", "fisher, refit"):
+            assert unwanted not in text.split("How this was made")[0], unwanted
+    assert Page(render(integers)).open == []
+
+
+def test_int8_that_does_not_pay_is_told(integers: Record) -> None:
+    integers["int8"] |= {"scheme": None, "groups": [], "float": []}
+    assert story.integers(integers) is None
+    assert "nothing computes in int8" in story.kept(integers)
+    assert "None was taken." in words_of(integers)
+
+
+def test_finishing_says_what_was_kept_and_why(record: Record) -> None:
+    record["finishing"] = [
+        {"name": "residual-sum", "places": 12, "speedup": 1.031, "kept": True, "why": "faster"},
+        {"name": "fuse-attention", "places": 6, "speedup": 0.97, "kept": False, "why": "not faster"},
+        {"name": "clean", "places": 0, "speedup": None, "kept": False, "why": "nothing to change"},
+    ]
+    text = words_of(record)
+    for expected in ("residual-sum kept faster 12 1.031x", "fuse-attention left out not faster 6 0.970x", "nothing to change 0 -"):
+        assert expected in text, expected
+    table = " ".join(printed(record).split())
+    assert "residual-sum 1.03x, fuse-attention left out (not faster), clean left out (nothing to change)" in table
+
+
+def test_a_record_from_before_int8_has_a_report(record: Record) -> None:
+    for name in ("chain", "finishing", "int8"):
+        del record[name]
+    assert Page(render(record)).open == []
+    assert "same prediction" in printed(record)
+
+
 def test_ticks_are_round_and_inside(record: Record) -> None:
     assert figures._ticks(0.11, 0.21) == pytest.approx([0.12, 0.14, 0.16, 0.18, 0.2])
     assert figures._ticks(3.0, 47.0) == pytest.approx([10, 20, 30, 40])
@@ -201,10 +349,7 @@ def test_ticks_are_round_and_inside(record: Record) -> None:
 
 def test_tables_name_every_site_refusal_and_gate(record: Record) -> None:
     record["refusals"] = [{"code": "OP101", "site": "/odd/attention", "reason": "two nodes read it", "hint": "exclude it"}]
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for part in run_tables(record, Path("small.run")):
-        console.print(part)
-    text = console.export_text()
+    text = printed(record)
     for expected in (
         "OP101",
         "/odd/attention",
