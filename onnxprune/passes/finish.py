@@ -32,8 +32,8 @@ FUSABLE_GELU = RewritePass(
     apply=fusable_gelu,
     summary="spell GELU so that onnxruntime recognises it",
     detail=(
-        "Dynamo exports below opset 20 write GELU as five operators in an order that onnxruntime does not fuse. Moving a factor of one half "
-        "to the end lets every session fuse it, with the bias before it. Exact: a half only shifts exponents."
+        "Dynamo exports below opset 20 write GELU as five operators in an order that onnxruntime does not fuse. Moving a factor of one "
+        "half to the end lets every session fuse it, with the bias before it. Exact: a half only shifts exponents."
     ),
     finishing=("cpu", "cuda", "tensorrt"),
 )
@@ -42,8 +42,8 @@ FUSE_ATTENTION = RewritePass(
     apply=fuse_attention,
     summary="write attention as one MultiHeadAttention with each layer's own head count",
     detail=(
-        "The fused operator saves transpositions. The runtime's own optimizer takes one head count for the whole model, which after pruning "
-        "is wrong for most layers; here the count is read from each layer, and what is not certain to be an attention is left alone."
+        "The fused operator saves transpositions. The runtime's own optimizer takes one head count for the whole model, which after "
+        "pruning is wrong for most layers; here the count is read from each layer, and what is not certain to be an attention is left alone."
     ),
     stage=Stage.FUSED,
     finishing=("cpu", "cuda"),

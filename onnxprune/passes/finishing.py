@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +40,13 @@ class Part:
 
 
 def choose_parts(
-    model: Model, asked: Sequence[str], feeds: Feeds, options: RuntimeOptions, seed: int, samples: Sequence[Feeds]
+    model: Model,
+    asked: Sequence[str],
+    feeds: Feeds,
+    options: RuntimeOptions,
+    seed: int,
+    samples: Sequence[Feeds],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[tuple[str, ...], tuple[Part, ...]]:
     """Rewrites for this model: those asked for by name, and of the others the ones that pay.
 
@@ -55,9 +61,10 @@ def choose_parts(
     kept = exact(asked)
     parts: list[Part] = []
     reference = [run(open_session(model, options), batch) for batch in samples]
-    for name in finishing(options.provider):
-        if name in kept:
-            continue
+    tried = [name for name in finishing(options.provider) if name not in kept]
+    for number, name in enumerate(tried):
+        if progress:
+            progress(number, len(tried))
         item = registry()[name]
         assert isinstance(item, RewritePass)
         before = finish(model, kept)
@@ -85,6 +92,8 @@ def choose_parts(
         log.info("finishing with %s: %d places, %.3fx, %s", name, places, speedup, parts[-1].why)
         if pays:
             kept = ordered((*kept, name))
+    if progress:
+        progress(len(tried), len(tried))
     return ordered((*asked, *kept)), tuple(parts)
 
 

@@ -1,7 +1,7 @@
-"""How int8 is done on this machine: a few schemes are measured on the unpruned model, and the winner is fitted to the model that is shipped.
+"""How int8 is done on this machine: schemes are measured on the unpruned model, and the winner is fitted to the model that is shipped.
 
-Every stock default is a trap on some machine: signed activations are slower than float on x86, unsigned weights halve the gain, one scale per
-matrix costs accuracy, quantizing everything is slower than quantizing products with constant weights. So nothing is assumed.
+Every stock default is a trap on some machine: signed activations are slower than float on x86, unsigned weights halve the gain, one scale
+per matrix costs accuracy, quantizing everything is slower than quantizing products with constant weights. So nothing is assumed.
 """
 
 from __future__ import annotations

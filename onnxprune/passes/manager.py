@@ -20,13 +20,11 @@ from onnxprune.errors import NothingPrunable, Refusal, TargetError
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.profile import shapes_of
-from onnxprune.passes.base import ordered
-from onnxprune.passes.finishing import Part, choose_parts
-from onnxprune.passes.int8 import choose_scheme, timed
-from onnxprune.passes.precision import Tables, assign, measure_groups, most_sensitive
+from onnxprune.passes.int8 import timed
+from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, offers_of, score
 from onnxprune.passes.scope import Settings, Study
-from onnxprune.passes.shipping import Shipping
+from onnxprune.passes.shipping import Shipping, choose_shipping
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import open_session, run
@@ -51,8 +49,6 @@ HELD_BACK = 1024
 _AUTO_STEP = 0.82
 _AUTO_FLOOR = 0.08
 _JUDGES = 256
-_JUDGED = 128
-_SENSITIVITY_ROWS = 64
 _TRIAL_SHARE = 0.8
 _SENSITIVE_SHARES = (0.0, 0.125, 0.25, 0.5)
 _UNITS: dict[str, CostUnit] = {"latency": "ms", "macs": "macs", "params": "params", "size": "bytes"}
@@ -108,7 +104,7 @@ class _Search:
         check_labels_of(self.objective, data)
         self.calibration, self.held_back = split(data, settings)
         # What is chosen by looking at some rows must be reported on others.
-        middle = len(self.held_back) // 2 if settings.target.auto else min(len(self.held_back) // 4, _JUDGES) if study_.integers else 0
+        middle = self._judging_rows(len(self.held_back))
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
         self.request = request_feeds(study_.given, data, settings.input_shapes)
         self.example = {name: array.shape for name, array in examples(data).items()}
@@ -117,7 +113,14 @@ class _Search:
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
         self.refusals = study_.refusals
-        self.shipping = self._shipping()
+        self.shipping, refusal = choose_shipping(study_, self.bench, self.objective, self.calibration, self.judges, self.request, settings)
+        if refusal:
+            self._refuse(refusal)
+
+    def _judging_rows(self, held: int) -> int:
+        if self.settings.target.auto:
+            return held // 2
+        return max(min(held // 4, _JUDGES), 1) if self.study.integers and held > 1 else 0
 
     def _workbench(self, recipe: Recipe) -> Workbench:
         anatomy = self.study.anatomy
@@ -137,61 +140,10 @@ class _Search:
         per_row = 4 * int(np.prod(request.get(self.objective.tensor, (1,))[1:], dtype=np.int64))
         return int(np.clip(_OUTPUT_BYTES // max(per_row, 1), 1, _BATCH_ROWS))
 
-    def _shipping(self) -> Shipping:
-        """Finishing rewrites that pay, and how int8 is done, both measured on the unpruned model."""
-        study_, settings = self.study, self.settings
-        model, options, seed = study_.anatomy.model, settings.runtime, settings.recipe.seed
-        rewrites: tuple[str, ...] = study_.rewrites
-        parts: tuple[Part, ...] = ()
-        if settings.finishing:
-            samples = [dict(batch.feeds) for batch in self.bench.batches[:2]]
-            self._tell("finishing", 0)
-            rewrites, parts = choose_parts(model, rewrites, self.request, options, seed, samples)
-            self._tell("finishing", 1)
-        shipping = Shipping(study_.anatomy, rewrites, self.calibration, options, parts)
-        if not study_.integers:
-            return shipping
-        yardstick = Yardstick(model, self.judges.take(slice(0, _JUDGED)), self.objective, options)
-        scheme, trials = choose_scheme(
-            model,
-            ordered((*rewrites, "int8")),
-            yardstick,
-            self.calibration,
-            self.request,
-            options,
-            choice=settings.int8,
-            seed=seed,
-            progress=self.bench.report("int8 schemes"),
-        )
-        if scheme is None:
-            best = max(trials, key=lambda trial: trial.speedup, default=None)
-            found = (
-                f"the best form tried ({best.scheme}) runs at {best.speedup:.2f}x of its speed" if best else "no product can be quantised"
-            )
-            self._refuse(
-                "OP401", f"int8 is not faster than float here: {found}", "deploy in float, or decide on the machine that will serve"
-            )
-            return replace(shipping, trials=trials)
-        groups = measure_groups(
-            study_.anatomy,
-            study_.sites,
-            scheme,
-            Yardstick(model, self.judges.take(slice(0, _SENSITIVITY_ROWS)), self.objective, options),
-            self.calibration,
-            self.request,
-            options,
-            self.bench.report("int8 sensitivity"),
-        )
-        return replace(shipping, scheme=scheme, trials=trials, groups=groups)
-
-    def _refuse(self, code: str, reason: str, hint: str) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         if not self.study.sites and not self.study.rewrites:
-            raise NothingPrunable(f"{code} {reason}; {hint}")
-        self.refusals = (*self.refusals, Refusal(code, "int8", reason, hint))
-
-    def _tell(self, what: str, done: int) -> None:
-        if self.progress:
-            self.progress(what, done, 1)
+            raise NothingPrunable(str(refusal))
+        self.refusals = (*self.refusals, refusal)
 
     def run(self) -> Decision:
         target = self.settings.target
@@ -246,9 +198,11 @@ class _Search:
     def _impossible(self, table: CostTable, given: float, goal: float) -> NoReturn:
         words = {"ms": "ms", "macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}[table.unit]
         kinds = " and ".join(sorted({site.kind for site in self.bench.sites}))
+        most = [f"every {kinds} unit removed"] if kinds else []
+        most += ["every product in int8"] if self.shipping.scheme else []
         raise TargetError(
-            f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with every {kinds} "
-            f"unit removed the model still takes {table.floor:.4g} {words} ({100 * table.floor / given:.0f}% of the file as given). "
+            f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with {' and '.join(most) or 'the rewrites'} "
+            f"the model still takes {table.floor:.4g} {words} ({100 * table.floor / given:.0f}% of the file as given). "
             f"Ask for at least {math.ceil(100 * table.floor / given)}%, or allow more passes"
         )
 
@@ -356,7 +310,8 @@ class _Search:
                 self.shipping = self.shipping.with_floats(most_sensitive(groups, math.ceil(share * len(groups))))
             if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
                 return True
-        self._refuse("OP402", f"int8 loses more than {100 * limit:g}% even with half of the products in float", "allow a larger --max-drop")
+        reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"
+        self._refuse(Refusal("OP402", "int8", reason, "allow a larger --max-drop"))
         self.shipping = self.shipping.in_float()
         return False
 

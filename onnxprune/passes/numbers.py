@@ -28,8 +28,8 @@ FP16 = RewritePass(
     apply=to_float16,
     summary="half precision, inputs and outputs stay float32 (for GPU providers)",
     detail=(
-        "Halves the file, and the time on GPUs with half-precision units; on the CPU provider it brings no speed. Normalisations and angles "
-        "that would overflow stay in float32."
+        "Halves the file, and the time on GPUs with half-precision units; on the CPU provider it brings no speed. Normalisations "
+        "and angles that would overflow stay in float32."
     ),
     stage=Stage.NUMBERS,
     exact=False,

@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import Objective
+from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
 from onnxprune.passes.apply import finish, install
 from onnxprune.passes.base import ordered
-from onnxprune.passes.finishing import Part
-from onnxprune.passes.int8 import Scheme, Trial, tailor, untailored
-from onnxprune.passes.precision import Group
+from onnxprune.passes.finishing import Part, choose_parts
+from onnxprune.passes.int8 import Scheme, Trial, choose_scheme, tailor, untailored
+from onnxprune.passes.precision import Group, measure_groups
 from onnxprune.passes.rounding import round_weights
-from onnxprune.passes.rounds import Student
+from onnxprune.passes.rounds import Student, Workbench
+from onnxprune.passes.scope import Settings, Study
 from onnxprune.quantize.form import Int8Form
-from onnxprune.runtime.session import RuntimeOptions
+from onnxprune.runtime.session import Feeds, RuntimeOptions
+from onnxprune.verification import Yardstick
+
+_JUDGED = 128
+_SENSITIVITY_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +97,45 @@ class Shipping:
     def in_float(self) -> Shipping:
         """The same without integers."""
         return replace(self, scheme=None, floats=frozenset(), _forms={})
+
+
+def choose_shipping(
+    study: Study,
+    bench: Workbench,
+    objective: Objective,
+    calibration: CalibrationData,
+    judges: CalibrationData,
+    request: Feeds,
+    settings: Settings,
+) -> tuple[Shipping, Refusal | None]:
+    """Finishing rewrites that pay, how int8 is done if it is asked for, and what it costs where: all measured on the unpruned model.
+
+    Returns:
+        How students are to be shipped, and why not in int8 if that was asked for and does not pay.
+    """
+    model, options, seed = study.anatomy.model, settings.runtime, settings.recipe.seed
+    rewrites: tuple[str, ...] = study.rewrites
+    parts: tuple[Part, ...] = ()
+    if settings.finishing:
+        samples = [dict(batch.feeds) for batch in bench.batches[:2]]
+        rewrites, parts = choose_parts(model, rewrites, request, options, seed, samples, bench.report("finishing"))
+    shipping = Shipping(study.anatomy, rewrites, calibration, options, parts)
+    if not study.integers:
+        return shipping, None
+    steps = ordered((*rewrites, "int8"))
+    yardstick = Yardstick(model, judges.take(slice(0, _JUDGED)), objective, options)
+    report = bench.report("int8 schemes")
+    scheme, trials = choose_scheme(model, steps, yardstick, calibration, request, options, choice=settings.int8, seed=seed, progress=report)
+    if scheme is None:
+        return replace(shipping, trials=trials), _not_faster(trials)
+    yardstick = Yardstick(model, judges.take(slice(0, _SENSITIVITY_ROWS)), objective, options)
+    report = bench.report("int8 sensitivity")
+    groups = measure_groups(study.anatomy, study.sites, scheme, yardstick, calibration, request, options, report)
+    return replace(shipping, scheme=scheme, trials=trials, groups=groups), None
+
+
+def _not_faster(trials: tuple[Trial, ...]) -> Refusal:
+    best = max(trials, key=lambda trial: trial.speedup, default=None)
+    found = f"the best form tried ({best.scheme}) runs at {best.speedup:.2f}x of its speed" if best else "no product can be quantised"
+    hint = "deploy in float, or decide on the machine that will serve"
+    return Refusal("OP401", "int8", f"int8 is not faster than float here: {found}", hint)
