@@ -10,8 +10,8 @@ import difflib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from enum import IntEnum
+from functools import cache
 from typing import Literal
 
 from onnxprune.errors import InputError
@@ -73,8 +73,8 @@ Pass = WidthPass | RewritePass | IntegerPass
 def registry() -> Mapping[str, Pass]:
     """All passes by name: the built-in ones, then those that installed packages offer as entry points of group ``onnxprune.passes``."""
     from onnxprune.passes.ffn import FFN
-    from onnxprune.passes.heads import HEADS
     from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
+    from onnxprune.passes.heads import HEADS
     from onnxprune.passes.numbers import FP16, INT4, INT8
 
     built_in = (HEADS, FFN, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)

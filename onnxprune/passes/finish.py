@@ -43,7 +43,7 @@ FUSE_ATTENTION = RewritePass(
     summary="write attention as one MultiHeadAttention with each layer's own head count",
     detail=(
         "The fused operator saves transpositions. The runtime's own optimizer takes one head count for the whole model, which after "
-        "pruning is wrong for most layers; here the count is read from each layer, and what is not certain to be an attention is left alone."
+        "pruning is wrong for most layers; here the count is read from each layer, and what is not certain to be attention stays."
     ),
     stage=Stage.FUSED,
     finishing=("cpu", "cuda"),

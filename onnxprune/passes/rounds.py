@@ -39,7 +39,10 @@ More helps where class rows are many for the width (a small ViT: KL -40 % agains
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to decide. ``align``: FFN widths are multiples of this when the cost is measured time; ``uniform``: equal numbers in all layers."""
+    """How to decide.
+
+    ``align``: FFN widths are multiples of this when the cost is measured time; ``uniform``: equal numbers of units in all layers.
+    """
 
     importance: str = "fisher"
     compensation: str = "refit"
