@@ -21,12 +21,15 @@ from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import load
+from onnxprune.graph.slicing import slice_model
+from onnxprune.passes import shipping
 from onnxprune.passes.apply import execute, finish, install
+from onnxprune.passes.int8 import Scheme, products_of, tailor
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.plan import Plan, load_plan
 from onnxprune.verification import masked_equals_sliced
 from tests import zoo
-from tests.passes.cases import BERT, GPT2, LLAMA, VIT, anatomy, arrays, calibration
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, anatomy, arrays, brief_benchmarks, calibration
 
 NAMES = [BERT, VIT, GPT2, LLAMA]
 REPLAY = """
@@ -175,3 +178,70 @@ def test_finishing_runs_the_rewrites_and_keeps_what_is_computed() -> None:
         session = onnxruntime.InferenceSession(model.to_proto().SerializeToString(), providers=["CPUExecutionProvider"])
         outputs.append(session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0])
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
+
+
+# --- integers ----------------------------------------------------------------------------------------------------------------------
+
+
+def in_integers(name: str, scheme: Scheme, kept: dict[str, tuple[int, ...]]) -> Plan:
+    """A plan of one's own in int8, its outliers smoothed."""
+    plan = keeping(name, kept)
+    indices = {site: np.array(units, np.int64) for site, units in plan.kept.items()}
+    model = slice_model(anatomy(name), indices)
+    tensors = {node.inputs[0] for node in products_of(model)}
+    form = tailor(model, scheme, calibration(name, 8), RuntimeOptions(), smoothed=tensors)
+    assert bool(form.factors) == (scheme.kind == "dynamic"), "so that their way through the file is tested as well"
+    return dataclasses.replace(plan, int8=form, rewrites=("clean", "residual-sum", "int8", "fuse-attention"))
+
+
+@pytest.mark.parametrize("scheme", [Scheme("dynamic", True), Scheme("static", True, "mse")], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_in_integers_gives_the_same_bytes_from_its_file(name: str, scheme: Scheme, tmp_path: Path) -> None:
+    plan = in_integers(name, scheme, {"layer.0.heads": (1,), "layer.1.ffn": (), "layer.2.ffn": tuple(range(48))})
+    written = execute(anatomy(name), plan).save(tmp_path / "pruned.onnx")
+    replayed = execute(study(*canonicalise(load(zoo.path(name)))), load_plan(plan.save(tmp_path / "plan.json")))
+    assert sha256(replayed.save(tmp_path / "replayed.onnx")) == sha256(written)
+    onnx.checker.check_model(str(written))
+    feeds = zoo.feeds(name, batch=2, seq=5)
+    session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])
+    got = session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0]
+    in_float = onnxruntime.InferenceSession(
+        execute(anatomy(name), dataclasses.replace(plan, int8=None, rewrites=())).to_proto().SerializeToString(),
+        providers=["CPUExecutionProvider"],
+    )
+    want = in_float.run(None, {item.name: feeds[item.name] for item in in_float.get_inputs()})[0]
+    assert 0 < np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("scheme", [Scheme("dynamic", False), Scheme("static", True)], ids=str)
+def test_products_that_went_with_their_site_are_passed_over(scheme: Scheme) -> None:
+    """The same form serves a plan that keeps less: what it says of products that are gone does not matter."""
+    whole = in_integers(BERT, scheme, {})
+    pruned = dataclasses.replace(whole, kept={**whole.kept, "layer.1.heads": (), "layer.0.ffn": ()})
+    assert whole.int8 is not None
+    pruned = dataclasses.replace(pruned, int8=dataclasses.replace(whole.int8, factors={}))
+    model = execute(anatomy(BERT), pruned)
+    names = {node.name for node in model.proto.graph.node}
+    gone = set(whole.int8.products) - names
+    assert len(gone) == 4 + 2, "four projections and two of the FFN"
+    assert {node.name for node in model.proto.graph.node if node.op_type == "MatMulInteger"} in (set(), set(whole.int8.products) - gone)
+    session = onnxruntime.InferenceSession(model.to_proto().SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, zoo.feeds(BERT))[0]).all()
+
+
+def test_a_plan_that_lists_integers_without_a_form_computes_in_float() -> None:
+    plan = dataclasses.replace(keeping(VIT, {}), rewrites=("int8",), int8=None)
+    assert not [node for node in execute(anatomy(VIT), plan).proto.graph.node if "Integer" in node.op_type or "Quantize" in node.op_type]
+
+
+def test_prune_and_apply_write_the_same_integers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    brief_benchmarks(monkeypatch)
+    monkeypatch.setattr(shipping, "choose_scheme", lambda *_, **__: (Scheme("dynamic", True), ()))
+    result = onnxprune.prune(zoo.path(VIT), calib=arrays(VIT, 64), passes="heads,ffn,int8", target_macs="60%", rounds=1, bench_seconds=0)
+    assert result.model is not None
+    assert result.plan.int8 is not None
+    assert "int8" in result.plan.rewrites
+    written = result.model.save(tmp_path / "pruned.onnx")
+    output = tmp_path / "replayed.onnx"
+    onnxprune.apply(zoo.path(VIT), result.plan.save(tmp_path / "plan.json"), output=output)
+    assert sha256(output) == sha256(written)

@@ -221,3 +221,27 @@ def test_progress_counts_batches_and_sublayers() -> None:
     assert [call for call in calls if call[0] == "mask gradients"] == [("mask gradients", done, 2) for done in (1, 2)] * 2
     fits = [call for call in calls if call[0] == "re-fit"]
     assert fits[-1][1] == fits[-1][2]
+
+
+@pytest.mark.parametrize("unit", ["macs", "params", "ms"])
+def test_a_uniform_recipe_keeps_equal_numbers_in_all_layers_and_the_budget(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uneven = workbench(BERT, count=16, compensation="none")
+    bench = workbench(BERT, count=16, compensation="none", uniform=True)
+    table = linear_table(bench.sites) if unit == "ms" else counted(bench, BERT, unit)
+    budget = table.fixed + 0.5 * (table.full - table.fixed)
+    seen = watch(monkeypatch)
+    found = descend(bench, table, budget, 2)
+    assert found is not None
+    for student in seen:
+        for kind in ("heads", "ffn"):
+            assert len({student.counts[site.name] for site in bench.sites if site.kind == kind}) == 1
+    assert table.predict(found[0].counts) <= budget * (1 + 1e-9)
+    # One more unit of either kind in every layer would not fit: no budget is given away.
+    for kind in ("heads", "ffn"):
+        sites = [site for site in bench.sites if site.kind == kind]
+        step = bench.recipe.align if kind == "ffn" and unit == "ms" else 1
+        more = {site.name: min(site.units, found[0].counts[site.name] + step) for site in sites}
+        assert table.predict({**found[0].counts, **more}) > budget or all(more[s.name] == found[0].counts[s.name] for s in sites)
+    free = descend(uneven, table, budget, 2)
+    assert free is not None
+    assert any(len({free[0].counts[site.name] for site in bench.sites if site.kind == kind}) > 1 for kind in ("heads", "ffn"))

@@ -11,13 +11,15 @@ import pytest
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.canonical import with_fresh_shapes
 from onnxprune.graph.macs import total_macs
-from onnxprune.graph.model import load
+from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import shapes_of, synthetic_feeds
-from onnxprune.graph.slicing import slice_model
+from onnxprune.graph.slicing import Kept, slice_model
+from onnxprune.passes.apply import finish
+from onnxprune.passes.int8 import Scheme, untailored
 from onnxprune.runtime.measure import Timings
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search import costs
-from onnxprune.search.costs import CostTable, counted_costs, measured_costs
+from onnxprune.search.costs import CostTable, counted_costs, measured_costs, shipped_bytes
 from tests import zoo
 from tests.graph.net import FFN, WIDTH, Net
 from tests.graph.pruning import anatomy_of, random_kept
@@ -61,6 +63,33 @@ def test_counted_costs_are_those_of_the_sliced_model(make: Callable[[], tuple[An
             assert predicted == pytest.approx(sliced.parameters, rel=1e-9)
         else:  # with a whole block goes what belongs to no unit: the norm in front of it, a scale
             assert sliced.parameters <= predicted <= 1.1 * sliced.parameters
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("name", ["bert-sdpa-do18", "vit-eager-do18"])
+def test_shipped_bytes_are_those_of_files_in_integers(name: str, per_channel: bool) -> None:
+    anatomy, feeds = real(name)
+
+    def build(kept: Kept) -> Model:
+        model = slice_model(anatomy, kept)
+        return finish(model, ("int8",), untailored(model, Scheme("dynamic", per_channel)))
+
+    floats = counted_costs(anatomy, anatomy.sites, "bytes", feeds)
+    table = shipped_bytes(floats, anatomy.sites, build)
+    assert table.unit == "bytes"
+    assert table.full < 0.7 * floats.full
+    for share in (1.0, 0.75, 0.5, 0.25):
+        counts = {site.name: round(share * site.units) for site in anatomy.sites}
+        size = len(build({site: np.arange(count) for site, count in counts.items()}).to_proto().SerializeToString())
+        assert size <= table.predict(counts) <= 1.05 * size + 4096 + 2000
+
+
+def test_shipped_bytes_of_nothing_that_shrinks_are_fixed() -> None:
+    anatomy, feeds = real("vit-eager-do18")
+    floats = counted_costs(anatomy, (), "bytes", feeds)
+    table = shipped_bytes(floats, (), lambda kept: slice_model(anatomy, kept))
+    assert table.curves == {}
+    assert table.full == table.floor == pytest.approx(floats.full)
 
 
 def test_a_table_adds_up() -> None:
