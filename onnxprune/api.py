@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.benchmark import Benchmark, benchmark
+from onnxprune.benchmark import Benchmark, benchmark, feeds_of
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import LossSource, Purpose, check_labels_of, choose_objective
 from onnxprune.calibration.source import load_calibration
@@ -391,7 +391,13 @@ def bench(
     seconds: float = 60.0,
     seed: int = 0,
 ) -> Benchmark:
-    """Paired, interleaved benchmark of two or more models on one request; the first is the reference."""
+    """Paired, interleaved benchmark of two or more models on one request; the first is the reference.
+
+    With real data (not ``random``) the others are also compared with the first on all of its rows: ``quality`` of every variant.
+
+    Raises:
+        InputError: a model takes other inputs than the first, or inputs of another type, or lacks the output that is compared.
+    """
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     loaded = [load(model) for model in models]
     if not loaded:
@@ -402,7 +408,30 @@ def bench(
     variants: dict[str, Any] = {}
     for name, source, model in zip(names, models, loaded, strict=True):
         variants[name if name not in variants else f"{name} (again)"] = source if isinstance(source, str | os.PathLike) else model
-    return benchmark(variants, feeds, options=RuntimeOptions(provider, threads), seed=seed, max_seconds=seconds)
+    options = RuntimeOptions(provider, threads)
+    named = dict(zip(variants, loaded, strict=True))
+    for name, model in named.items():
+        feeds_of(name, model, feeds)
+    quality = _qualities(named, data, options, seed) if calib is not None and data.origin != RANDOM else {}
+    measured = benchmark(variants, feeds, options=options, seed=seed, max_seconds=seconds)
+    told = {name: replace(result, quality=quality.get(name)) for name, result in measured.variants.items()}
+    return replace(measured, variants=told)
+
+
+def _qualities(models: Mapping[str, Model], data: CalibrationData, options: RuntimeOptions, seed: int) -> dict[str, dict[str, Any]]:
+    """Every model but the first against it; empty, with a warning, if it is not known what the first one's output means."""
+    (first, reference), *others = models.items()
+    try:
+        canonical, profile = canonicalise(reference, examples(data))
+        objective = choose_objective(study(canonical, profile), None, data.labels)
+        check_labels_of(objective, data)
+    except InputError as error:
+        log.warning("quality is not compared: %s: %s", first, error)
+        return {}
+    for name, model in others:
+        if objective.output not in model.output_names:
+            raise InputError(f"variant {name!r} has no output {objective.output!r} to compare; it has {', '.join(model.output_names)}")
+    return {name: compare(reference, model, data, objective, options, seed).as_dict() for name, model in others}
 
 
 # --- one run -----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from onnxprune.errors import InputError, OnnxPruneError
 from onnxprune.graph.macs import total_macs
@@ -30,7 +31,8 @@ class VariantResult:
     """One model. ``quantiles_ms`` maps a quantile such as ``0.5`` to milliseconds; ``speedup`` is the first variant's time over this one's.
 
     ``bytes`` counts the file and its external data. ``macs`` is None where the graph has an operator that cannot be probed,
-    ``peak_memory_bytes`` (a whole process) where the system does not tell.
+    ``peak_memory_bytes`` (a whole process) where the system does not tell. ``quality`` is its comparison with the first variant on real
+    data, where one was made.
     """
 
     latency_ms: float
@@ -41,6 +43,7 @@ class VariantResult:
     macs: int | None
     peak_memory_bytes: int | None
     provider: str
+    quality: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class Benchmark:
     input_shapes: Mapping[str, tuple[int, ...]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, ready for JSON."""
+        """Plain dicts, lists and numbers, ready for JSON; a variant that was not compared has no ``quality``."""
         result = asdict(self)
+        for variant in result["variants"].values():
+            if variant["quality"] is None:
+                del variant["quality"]
         result["input_shapes"] = {name: list(shape) for name, shape in self.input_shapes.items()}
         return result
 
@@ -93,7 +99,7 @@ def benchmark(
         raise InputError("nothing to benchmark: give at least one model")
     options = options or RuntimeOptions()
     models = {name: load(source) for name, source in variants.items()}
-    fed = {name: _feeds_of(name, model, feeds) for name, model in models.items()}
+    fed = {name: feeds_of(name, model, feeds) for name, model in models.items()}
     reference = next(iter(models))
     count = replicas(max(model.weight_bytes for model in models.values()))
     sessions = {name: [open_session(model, options) for _ in range(count)] for name, model in models.items()}
@@ -122,11 +128,26 @@ def benchmark(
     return Benchmark(results, floor, timings.clock, timings.rounds, options.threads, timings.load_average, shapes)
 
 
-def _feeds_of(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    missing = [wanted for wanted in model.input_names if wanted not in feeds]
-    if missing:
-        raise InputError(f"variant {name!r} wants input {missing[0]!r}; the benchmark inputs are {', '.join(feeds) or 'none'}")
-    return {wanted: np.ascontiguousarray(feeds[wanted]) for wanted in model.input_names}
+def feeds_of(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of ``feeds`` that a variant takes.
+
+    Raises:
+        InputError: it wants an input that is not there, or one of another type.
+    """
+    chosen = {}
+    for value in model.proto.graph.input:
+        if value.name not in model.input_names:
+            continue
+        if value.name not in feeds:
+            raise InputError(f"variant {name!r} wants input {value.name!r}; the benchmark inputs are {', '.join(feeds) or 'none'}")
+        wanted, found = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type), feeds[value.name].dtype
+        if wanted != found:
+            raise InputError(
+                f"variant {name!r} takes input {value.name!r} as {wanted}, the benchmark input is {found}; "
+                "only models with the same input types can run in turns on one request"
+            )
+        chosen[value.name] = np.ascontiguousarray(feeds[value.name])
+    return chosen
 
 
 def _call(session: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_wrong_requests_are_refused() -> None:
         benchmark({"dense": "nowhere.onnx"}, FEEDS)
     with pytest.raises(RuntimeUnavailable):
         benchmark({"dense": product(64)}, FEEDS, options=RuntimeOptions("NoSuchProvider"))
+
+
+def test_inputs_of_another_type_are_refused() -> None:
+    half = product(64).copy_proto()
+    half.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    with pytest.raises(InputError, match="variant 'half' takes input 'x' as float16, the benchmark input is float32"):
+        benchmark({"dense": product(64), "half": product(64).with_proto(half)}, FEEDS, memory=False)
+
+
+def test_quality_is_told_only_of_variants_that_were_compared() -> None:
+    result = benchmark({"dense": product(64), "pruned": product(32)}, FEEDS, rounds=1, memory=False)
+    told = replace(result, variants={**result.variants, "pruned": replace(result.variants["pruned"], quality={"samples": 7})})
+    assert told.as_dict()["variants"]["pruned"]["quality"] == {"samples": 7}
+    assert "quality" not in told.as_dict()["variants"]["dense"]
 
 
 def test_operators_that_cannot_be_counted_leave_macs_empty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from onnxprune.cli.options import (
 @json_option
 @noise_options
 def bench(models: tuple[Path, ...], input_shapes: Any, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
-    """Time models in turns on the same request; A is what the others are compared with."""
+    """Time models in turns on the same request, and compare their outputs on the data of --calib; A is the reference of both."""
     from onnxprune.api import bench as run
     from onnxprune.cli.screen import Screen
     from onnxprune.report.tables import benchmark_note, benchmark_table

@@ -260,7 +260,12 @@ def measured_as(chain: Mapping[str, Record], variants: Sequence[str], name: str,
     """One cell of those columns; the first variant is what the others are compared with."""
     if name in chain:
         value = chain[name][key]["value"]
-        return f"{value:.4f}" if key == "cosine" else figures(value, 2) if key == "kl" else percent(value)
+        return f"{value:.4f}" if key == "cosine" else _nats(value) if key == "kl" else percent(value)
     if name != variants[0]:
         return "same" if name == FINISHED else "-"
     return percent(next(iter(chain.values()))["accuracy_before"]["value"]) if key == "accuracy_after" else "-"
+
+
+def _nats(value: float) -> str:
+    """Divergences of a table side by side: powers of ten tell them apart."""
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else figures(value, 2)

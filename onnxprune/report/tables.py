@@ -144,10 +144,12 @@ def benchmark_note(benchmark: Record) -> Text:
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in benchmark["input_shapes"].items())
     threads = benchmark["threads"] or "onnxruntime's own choice of"
     provider = next(iter(benchmark["variants"].values()))["provider"].removesuffix("ExecutionProvider")
+    compared = next((result["quality"] for result in benchmark["variants"].values() if result.get("quality")), None)
+    quality = f"; quality against the first model on {compared['samples']:,} samples (output {compared['output']})" if compared else ""
     return Text(
         f"{benchmark['rounds']} paired rounds on {provider}, {threads} thread{'s' * (threads != 1)}, {shapes}; "
         f"the same file twice differs by {figures(100 * abs(floor['median'] - 1), 2)}% "
-        f"[{floor['low']:.3f}, {floor['high']:.3f}]",
+        f"[{floor['low']:.3f}, {floor['high']:.3f}]{quality}",
         "dim",
     )
 

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 import onnxprune
 from onnxprune.api import PRESETS, settings
 from onnxprune.cli import main
+from tests import zoo
 from tests.cli.cases import QUICK, contents, fill, run
-from tests.passes.cases import brief_benchmarks
+from tests.passes.cases import BERT, brief_benchmarks
 
 
 @pytest.fixture
@@ -263,6 +266,51 @@ def test_bench_compares_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.stderr
     assert list(json.loads(result.stdout)["variants"]) == ["model.onnx", "model.onnx (again)"]
     assert "speed-up" in run("bench", "model.onnx", "--calib", "data.npz", "--seconds", "1").stdout
+
+
+def test_bench_compares_outputs_when_there_is_real_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    brief_benchmarks(monkeypatch)
+    run("model.onnx", "--calib", "data.npz", *QUICK, "--target-macs", "30%", "-o", "small.onnx", "-q")
+    words = ("bench", "model.onnx", "small.onnx", "--seconds", "1", "--calib")
+    table = run(*words, "data.npz").stdout
+    assert re.search(r"file +params +MACs +agreement +KL", table)
+    assert "quality against the first model on 32 samples" in table
+    first, second = json.loads(run(*words, "data.npz", "--json").stdout)["variants"].values()
+    assert "quality" not in first
+    verified = json.loads(run("verify", "model.onnx", "small.onnx", "--calib", "data.npz", "--json").stdout)
+    assert {key: second["quality"][key] for key in ("agreement", "kl")} == {key: verified[key] for key in ("agreement", "kl")}
+    assert second["quality"]["kl"]["value"] > 0
+    blind = run(*words, "random")
+    assert "KL" not in blind.stdout
+    assert "memory" in blind.stdout
+
+
+def test_bench_refuses_models_of_other_inputs_or_outputs(folder: Path) -> None:
+    (folder / "text.onnx").write_bytes(zoo.path(BERT).read_bytes())
+    proto = onnx.load("model.onnx")
+    maker = next(node for node in proto.graph.node if proto.graph.output[0].name in node.output)
+    maker.output[list(maker.output).index(proto.graph.output[0].name)] = proto.graph.output[0].name = "scores"
+    onnx.save(proto, "renamed.onnx")
+    for other, message in (
+        ("text.onnx", "variant 'text.onnx' wants input 'input_ids'; the benchmark inputs are pixel_values"),
+        ("renamed.onnx", "variant 'renamed.onnx' has no output 'logits' to compare; it has scores"),
+    ):
+        result = run("bench", "model.onnx", other, "--calib", "data.npz")
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+
+
+def test_bench_of_models_whose_output_says_nothing_warns_and_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    brief_benchmarks(monkeypatch)
+    node = onnx.helper.make_node("ReduceMean", ["pixel_values"], ["y"], keepdims=0, noop_with_empty_axes=0)
+    shapes = {"pixel_values": ["n", *np.load("data.npz")["pixel_values"].shape[1:]], "y": []}
+    ends = {name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    graph = onnx.helper.make_graph([node], "mean", [ends["pixel_values"]], [ends["y"]])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), "mean.onnx")
+    result = run("bench", "mean.onnx", "mean.onnx", "--calib", "data.npz", "--seconds", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "quality is not compared: mean.onnx" in result.stderr
+    assert "speed-up" in result.stdout
 
 
 def test_passes_are_listed_and_explained() -> None:
