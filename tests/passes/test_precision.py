@@ -161,6 +161,15 @@ def test_without_sites_only_the_precision_is_decided() -> None:
     assert assign(tables, groups, {}, {}, 8.0) == {"x", "y", "z"}
 
 
+@pytest.mark.xfail(reason="nothing times infinity")
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_products_that_break_the_model_stay_in_float() -> None:
+    case = random_case(5)
+    broken = [dataclasses.replace(group, error=np.inf) for group in case.groups]
+    for budget in (case.tables.floats.full * 1.01, case.tables.floats.full * 0.9):
+        assert assign(case.tables, broken, case.offers, case.units, budget) == case.products
+
+
 # --- tables ------------------------------------------------------------------------------------------------------------------------
 
 
