@@ -26,12 +26,12 @@ def apply(model: Path, plan: Path, out: Path | None, external_data: bool | None,
     """Apply PLAN to the MODEL it was made for. Needs no data; the same plan gives the same bytes."""
     from onnxprune.api import apply as run
     from onnxprune.cli.screen import Screen
-    from onnxprune.report.tables import plan_table, written
+    from onnxprune.report.tables import plan_tables, written
     from onnxprune.search.plan import load_plan
 
     screen = Screen(as_json, verbose, quiet)
     decided = load_plan(plan)
     target = out or beside(model, ".pruned.onnx")
     result = run(model, decided, output=target, external_data=external_data)
-    screen.show(plan_table(decided), written("model", target))
+    screen.show(*plan_tables(decided), written("model", target))
     screen.result({"output": str(target), "parameters": result.parameters, "plan_sha256": decided.sha256, "removed": decided.removed})

@@ -113,6 +113,8 @@ def verdict(record: Record) -> Verdict:
             f"{milliseconds(found)} instead of {milliseconds(target['goal'])}; the search measured {milliseconds(target['measured'])}. "
             "Run again on a quieter machine.",
         )
+    if (gained := speed(record)) is not None and gained.high < 1:
+        return Verdict("warn", "Slower", f"The model runs at {times(gained.total)} of the speed of the file as given.")
     limit = "; ".join(
         f"{gate['name']} {percent(gate['value'], 2)}, at most {percent(gate['limit'], 2)} allowed" for gate in record.get("gates", ())
     )
@@ -205,9 +207,9 @@ def _in_float(group: Record, known: Record) -> bool:
 
 
 def group_name(group: Record) -> str:
-    """The site, if the group is in one, and its first product."""
+    """The site, if the group is in one, its first product, and how many more there are."""
     first, *others = group["products"]
-    name = f"{first} and {len(others)} more" if others else str(first)
+    name = f"{first} (+{len(others)})" if others else str(first)
     return f"{group['site']}: {name}" if group["site"] else name
 
 

@@ -242,9 +242,14 @@ def written(what: str, path: Path) -> Table:
     return _pairs([(what, str(path))])
 
 
-def plan_table(plan: Plan) -> Table:
-    """What a plan keeps."""
-    return sites_table([{"site": site, "units": units, "kept": len(plan.kept[site])} for site, units in plan.units.items()])
+def plan_tables(plan: Plan) -> list[RenderableType]:
+    """What a plan keeps, and what it computes in integers."""
+    parts: list[RenderableType] = []
+    if plan.units:
+        parts.append(sites_table([{"site": site, "units": units, "kept": len(plan.kept[site])} for site, units in plan.units.items()]))
+    if plan.int8 is not None:
+        parts.append(Text(f"{len(plan.int8.products):,} products compute in int8: {plan.int8.describe()}"))
+    return parts
 
 
 def inspect_tables(found: Record) -> list[RenderableType]:

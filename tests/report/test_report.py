@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -17,8 +18,9 @@ from rich.console import Console
 
 from onnxprune.report import figures, story
 from onnxprune.report.html import render, write_report
-from onnxprune.report.tables import run_tables
+from onnxprune.report.tables import plan_tables, run_tables
 from onnxprune.runtime.measure import Ratio
+from onnxprune.search.plan import load_plan
 from tests.cli.cases import QUICK, fill, run
 from tests.passes.cases import brief_benchmarks
 
@@ -230,6 +232,7 @@ def verdict(record: Record, **changes: Any) -> tuple[str, str]:
 
 
 def test_verdicts(record: Record) -> None:
+    speeds(record, file_as_given=1.0, finished_original=1.1, pruned=2.0)
     gate = {"name": "accuracy drop", "limit": 0.01, "value": 0.02, "passed": False}
     assert verdict(record) == ("good", "Done")
     assert verdict(record, gates=[gate]) == ("bad", "Gate failed")
@@ -237,6 +240,10 @@ def test_verdicts(record: Record) -> None:
     assert verdict(record, target__measured=record["target"]["goal"] * 1.1) == ("warn", "Target missed")
     assert verdict(record, target__measured=record["target"]["goal"] * 1.01) == ("good", "Done")
     assert verdict(record, verification__masked_equals_sliced__passed=False) == ("bad", "Verification failed")
+    assert verdict(record, benchmark__variants__pruned__speedup__high=0.99) == ("warn", "Slower")
+    assert story.verdict({**record, "target": {**record["target"], "asked": "latency=auto", "goal": None}}).detail.startswith(
+        "Latency as low"
+    )
 
 
 def test_the_drawing_of_latencies_keeps_their_ratios(record: Record) -> None:
@@ -280,15 +287,15 @@ def test_schemes_and_sensitive_products_are_shown(integers: Record) -> None:
     ]
     known["float"] = ["key", "query"]
     for text in (words_of(integers), printed(integers)):
-        for expected in (known["scheme"], "layer.0.ffn: up", "int8, smoothed", "query and 1 more", "in float: query and 1 more"):
+        for expected in (known["scheme"], "layer.0.ffn: up", "int8, smoothed", "query (+1)", "in float: query (+1)"):
             assert expected in text, expected
         assert "2 of 4 products compute in int8" in text
-    assert story.integers(integers) == story.Integers(known["scheme"], 2, 4, 0.9, ("query and 1 more",))
+    assert story.integers(integers) == story.Integers(known["scheme"], 2, 4, 0.9, ("query (+1)",))
     drawn = figures.sensitivity(known)["rows"]
     assert [(row["name"], row["part"], row["share"], row["state"]) for row in drawn] == [
         ("scores", 1.0, "60.0%", "int8"),
         ("layer.0.ffn: up", 0.5, "30.0%", "int8, smoothed"),
-        ("query and 1 more", 0.125, "10.0%", "float"),
+        ("query (+1)", 0.125, "10.0%", "float"),
     ]
 
 
@@ -320,6 +327,16 @@ def test_int8_that_does_not_pay_is_told(integers: Record) -> None:
     assert story.integers(integers) is None
     assert "nothing computes in int8" in story.kept(integers)
     assert "None was taken." in words_of(integers)
+
+
+def test_a_plan_says_what_computes_in_int8(integer_dir: Path) -> None:
+    plan = load_plan(integer_dir / "plan.json")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*plan_tables(replace(plan, kept={}, units={})))
+    text = console.export_text()
+    assert plan.int8 is not None
+    assert f"{len(plan.int8.products)} products compute in int8: {plan.int8.describe()}" in text
+    assert "Kept" not in text
 
 
 def test_finishing_says_what_was_kept_and_why(record: Record) -> None:
