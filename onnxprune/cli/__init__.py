@@ -26,6 +26,8 @@ from onnxprune.cli.verify import verify
     context_settings=SETTINGS,
     epilog=examples(
         "onnxprune model.onnx --passes heads,ffn --target-latency 5ms --calib data.npz -o small.onnx",
+        "onnxprune model.onnx --passes heads,ffn,int8 --target-latency 25% --calib data.npz",
+        "onnxprune model.onnx --passes int8              # int8 alone; --preset fastformers: one known pipeline",
         "onnxprune model.onnx --target-latency          # as fast as a 1% loss allows, data in model.calib.npz",
         "onnxprune inspect model.onnx                   # what can be pruned, what cannot and why",
         "onnxprune verify model.onnx small.onnx --calib test.npz --max-drop 1%",
