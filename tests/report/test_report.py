@@ -339,6 +339,14 @@ def test_a_plan_says_what_computes_in_int8(integer_dir: Path) -> None:
     assert "Kept" not in text
 
 
+def test_a_step_tells_every_loss_it_was_judged_by(record: Record) -> None:
+    kept = record["search"][0]["kept"] if record["search"] else {}
+    record["search"] = [
+        {"step": "auto 82%", "kept": kept, "predicted": 1.0, "measured": None, "accuracy drop": 0.012, "expected drop": 0.034}
+    ]
+    assert "accuracy drop 1.20% expected drop 3.40%" in words_of(record)
+
+
 def test_finishing_says_what_was_kept_and_why(record: Record) -> None:
     record["finishing"] = [
         {"name": "residual-sum", "places": 12, "speedup": 1.031, "kept": True, "why": "faster"},
