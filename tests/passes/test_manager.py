@@ -22,7 +22,12 @@ from onnxprune.verification import compare
 from tests import zoo
 from tests.calibration.models import image_model
 from tests.graph.net import FFN, WIDTH, Net
-from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, calibration, clockwork, easy_model, linear_table
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, brief_benchmarks, calibration, clockwork, easy_model, linear_table
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    brief_benchmarks(monkeypatch)
 
 
 def study_of(name: str = BERT, **options: Any) -> Study:
