@@ -14,7 +14,7 @@ from onnxprune.calibration.data import IGNORED_LABEL, CalibrationData
 from onnxprune.calibration.objective import Link, Objective
 from onnxprune.graph.model import Model, load
 from onnxprune.runtime.session import RuntimeOptions
-from onnxprune.verification import TOLERANCE, Comparison, Fidelity, Interval, compare, masked_equals_sliced
+from onnxprune.verification import TOLERANCE, Comparison, Fidelity, Interval, Yardstick, compare, masked_equals_sliced
 from tests import zoo
 from tests.calibration.models import build
 from tests.passes.cases import BERT, VIT, anatomy, calibration
@@ -272,3 +272,52 @@ def test_outputs_of_nothing_but_zeros_are_compared_as_they_are() -> None:
     assert Fidelity(0.0, 0.0, 4, TOLERANCE).passed
     assert not Fidelity(1.0, 0.0, 4, TOLERANCE).passed
     assert not Fidelity(float("nan"), 1.0, 4, TOLERANCE).passed
+
+
+# --- many models against one -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("link", "measure"), [("softmax", "kl"), ("identity", "cosine")])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_yardstick_measures_what_a_comparison_does(link: Link, measure: str, padded: bool) -> None:
+    rows = tokens() if padded else data()
+    known = objective(link, tokens=padded)
+    models = [linear(weight, tokens=padded) for weight in (BEFORE, AFTER, 2 * AFTER)]
+    yardstick = Yardstick(models[0], rows, known, OPTIONS)
+    for model in models:
+        expected = value(getattr(compare(models[0], model, rows, known, OPTIONS), measure))
+        assert yardstick(model) == pytest.approx(1 - expected if measure == "cosine" else expected, abs=1e-12)
+    assert yardstick(models[1]) > 0.01
+
+
+def test_a_yardstick_runs_the_original_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Model] = []
+
+    def watched(model: Model, *args: Any, **options: Any) -> Any:
+        ran.append(model)
+        return real(model, *args, **options)
+
+    real = verification.stream
+    monkeypatch.setattr(verification, "stream", watched)
+    original, other = linear(BEFORE), linear(AFTER)
+    yardstick = Yardstick(original, data(), objective(), OPTIONS)
+    yardstick(other)
+    yardstick(other)
+    assert ran == [original, other, other]
+
+
+@pytest.mark.parametrize("link", ["softmax", "identity"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_infinitely_far(bad: float, link: Link) -> None:
+    broken = AFTER.copy()
+    broken[0, 0] = bad
+    with np.errstate(all="ignore"):
+        assert Yardstick(linear(BEFORE), data(), objective(link), OPTIONS)(linear(broken)) == np.inf
+
+
+def test_filler_rows_are_not_on_the_yardstick() -> None:
+    """A model that insists on 16 rows is given rows to fill up, which count for nothing."""
+    rows = CalibrationData({"x": ROW_INPUT}, None, "numbers", fixed_rows=16)
+    assert len(rows) % 16
+    free, fixed = (Yardstick(linear(BEFORE), some, objective(), OPTIONS)(linear(AFTER)) for some in (data(), rows))
+    assert fixed == pytest.approx(free, rel=1e-9)

@@ -25,6 +25,7 @@ from onnxprune.graph.slicing import slice_model
 from onnxprune.passes import shipping
 from onnxprune.passes.apply import execute, finish, install
 from onnxprune.passes.int8 import Scheme, products_of, tailor
+from onnxprune.passes.rounding import round_weights
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.plan import Plan, load_plan
 from onnxprune.verification import masked_equals_sliced
@@ -190,6 +191,8 @@ def in_integers(name: str, scheme: Scheme, kept: dict[str, tuple[int, ...]]) -> 
     model = slice_model(anatomy(name), indices)
     tensors = {node.inputs[0] for node in products_of(model)}
     form = tailor(model, scheme, calibration(name, 8), RuntimeOptions(), smoothed=tensors)
+    form = dataclasses.replace(form, integers=round_weights(model, form, calibration(name, 8), RuntimeOptions()))
+    assert form.integers
     assert bool(form.factors) == (scheme.kind == "dynamic"), "so that their way through the file is tested as well"
     return dataclasses.replace(plan, int8=form, rewrites=("clean", "residual-sum", "int8", "fuse-attention"))
 
@@ -219,7 +222,7 @@ def test_products_that_went_with_their_site_are_passed_over(scheme: Scheme) -> N
     whole = in_integers(BERT, scheme, {})
     pruned = dataclasses.replace(whole, kept={**whole.kept, "layer.1.heads": (), "layer.0.ffn": ()})
     assert whole.int8 is not None
-    pruned = dataclasses.replace(pruned, int8=dataclasses.replace(whole.int8, factors={}))
+    pruned = dataclasses.replace(pruned, int8=dataclasses.replace(whole.int8, factors={}, integers={}))
     model = execute(anatomy(BERT), pruned)
     names = {node.name for node in model.proto.graph.node}
     gone = set(whole.int8.products) - names

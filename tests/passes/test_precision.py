@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import choose_objective
+from onnxprune.graph import tables
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.integer import int8_products
@@ -234,6 +235,17 @@ def test_groups_are_the_products_of_a_tensor_with_the_work_and_the_error_they_ma
     for site in sites:
         assert len([group for group in groups if group.site == site]) == 2, "what makes the units, and what reads them"
     assert calls[-1] == (len(groups) + 1, len(groups) + 1)
+
+
+def test_the_error_of_a_group_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, rows = anatomy(BERT), calibration(BERT, 8)
+    yardstick = Yardstick(known.model, rows, choose_objective(known), OPTIONS)
+    errors = []
+    for least in (1 << 40, 1):
+        monkeypatch.setattr(tables, "SMALLEST_BYTES", least)
+        groups = measure_groups(known, known.sites, Scheme("dynamic", True), yardstick, rows, rows.inputs, OPTIONS)
+        errors.append([group.error for group in groups])
+    assert errors[0] == errors[1]
 
 
 def outliers() -> tuple[Any, CalibrationData, str]:

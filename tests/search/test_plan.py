@@ -40,7 +40,14 @@ def make(**changes: Any) -> Plan:
 
 
 STATIC = Int8Form("static", True, ("/up:0", "/down:0"), {"norm": Range(-1.5, 1 / 3), "act": Range(0.0, 6.0)})
-DYNAMIC = Int8Form("dynamic", False, ("/up:0",), factors={"/layer.0/norm:0": np.array([1.0, 2.5], np.float32)})
+DYNAMIC = Int8Form(
+    "dynamic",
+    False,
+    ("/up:0",),
+    factors={"/layer.0/norm:0": np.array([1.0, 2.5], np.float32)},
+    tables=("/embeddings:0",),
+    integers={"/up:0": np.array([[1, -127], [3, 4]], np.int8)},
+)
 
 
 @pytest.mark.parametrize("int8", [None, STATIC, DYNAMIC], ids=["float", "static", "smoothed"])
@@ -52,10 +59,11 @@ def test_a_plan_is_read_as_it_was_written(changes: Any, int8: Int8Form | None, t
     found = load_plan(tmp_path / "plan.json")
     assert found.int8 == int8
     if int8 is not None and found.int8 is not None:
-        assert found.int8.factors.keys() == int8.factors.keys()
-        for tensor, factors in int8.factors.items():
-            assert found.int8.factors[tensor].dtype == factors.dtype
-            np.testing.assert_array_equal(found.int8.factors[tensor], factors)
+        for before, after in ((int8.factors, found.int8.factors), (int8.integers, found.int8.integers)):
+            assert after.keys() == before.keys()
+            for name, array in before.items():
+                assert after[name].dtype == array.dtype
+                np.testing.assert_array_equal(after[name], array)
     assert found == plan
     assert found.sha256 == plan.sha256
     assert found.changes.keys() == changes.keys()
@@ -96,6 +104,8 @@ def test_identity_covers_every_part_of_the_decision() -> None:
         make(int8=dataclasses.replace(STATIC, ranges={**STATIC.ranges, "act": Range(0.0, 5.0)})),
         make(int8=STATIC.without(["/up:0"])),
         make(int8=DYNAMIC),
+        make(int8=dataclasses.replace(DYNAMIC, integers={"/up:0": np.array([[1, -127], [3, 5]], np.int8)})),
+        make(int8=dataclasses.replace(DYNAMIC, tables=())),
         make(int8=dataclasses.replace(DYNAMIC, factors={"/layer.0/norm:0": np.array([1.0, 2.0], np.float32)})),
     ]
     assert len({plan.sha256 for plan in [make(), *others]}) == len(others) + 1
