@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from onnxprune.api import PruneResult, apply, bench, inspect, plan, prune, verify
     from onnxprune.errors import OnnxPruneError, Refusal
+    from onnxprune.export.job import export_model
     from onnxprune.graph.model import Model, load
     from onnxprune.search.plan import Plan, load_plan
 
@@ -24,6 +25,7 @@ _HOMES = {
     "plan": "onnxprune.api",
     "prune": "onnxprune.api",
     "verify": "onnxprune.api",
+    "export_model": "onnxprune.export.job",
     "OnnxPruneError": "onnxprune.errors",
     "Refusal": "onnxprune.errors",
     "Model": "onnxprune.graph.model",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "apply",
     "bench",
+    "export_model",
     "inspect",
     "load",
     "load_plan",

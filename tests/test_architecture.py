@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": _DECIDE,
     "record": _DECIDE | {"report"},
     "api": _DECIDE | _JUDGES | _RUN,
-    "export": {"errors", "graph", "runtime"},
+    "export": {"errors", "graph", "runtime", "outputs"},
     "cli": _DECIDE | _JUDGES | _RUN | {"api", "export"},
 }
 """Room -> rooms it may import besides itself; later rooms know earlier ones, never the other way round."""
