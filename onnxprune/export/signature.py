@@ -11,8 +11,8 @@ import numpy as np
 Kind = Literal["ids", "mask", "types", "pixels", "past"]
 Dims = tuple[int | str, ...]
 
-BATCH, TOKENS, PAST, TOTAL = "batch", "tokens", "past", "total"
-"""Names of the dynamic dimensions; ``total`` is ``past`` plus ``tokens``."""
+BATCH, TOKENS, PAST, TOTAL = "batch", "tokens", "past", "past + tokens"
+"""Names of the dynamic dimensions."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def choose_task(folder: ModelFolder, asked: str = AUTO) -> Task:
             raise InputError(f"unknown task {asked!r}{f'; did you mean {near[0]!r}?' if near else ''}; known: {', '.join(TASKS)}")
         return TASKS[asked]
     name = folder.architecture
-    found = next((task for task in TASKS.values() if name.endswith(task.endings)), None) if name else None
+    fitting = {ending: task for task in TASKS.values() for ending in task.endings if name.endswith(ending)}
+    found = fitting[max(fitting, key=len)] if fitting else None  # GPT2LMHeadModel is more than a Model
     if found is None:
         raise InputError(
             f"{folder.path / 'config.json'} names {f'the class {name}' if name else 'no class'}, which tells no task; "

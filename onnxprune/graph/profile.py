@@ -92,7 +92,10 @@ def shapes_of(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, tuple[
 
 
 def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int = 0) -> dict[str, np.ndarray]:
-    """Small valid inputs: symbolic dimensions get ``sizes`` in order of appearance (equal names, equal sizes)."""
+    """Small valid inputs: symbolic dimensions get ``sizes`` in order of appearance (equal names, equal sizes).
+
+    A sum such as ``past + tokens``, as exporters name the mask of a decoder with a cache, is the sum of its parts.
+    """
     rng = np.random.default_rng(seed)
     symbols: dict[str, int] = {}
     feeds: dict[str, np.ndarray] = {}
@@ -106,8 +109,8 @@ def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int 
             if dim.WhichOneof("value") == "dim_value":
                 shape.append(dim.dim_value)
             else:
-                key = dim.dim_param or f"?{position}"
-                shape.append(symbols.setdefault(key, sizes[min(len(symbols), len(sizes) - 1)]))
+                parts = (dim.dim_param or f"?{position}").split("+")
+                shape.append(sum(symbols.setdefault(part.strip(), sizes[min(len(symbols), len(sizes) - 1)]) for part in parts))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         feeds[value.name] = _fill_like(value.name, tuple(shape), dtype, rng)
     return feeds
