@@ -82,7 +82,8 @@ def check_chunk(arrays: Mapping[str, object], specs: Mapping[str, InputSpec], wh
     single = all(given[name].ndim == len(spec.dims) - 1 for name, spec in specs.items())
     if single:
         given = {name: array[None] for name, array in given.items()}
-    checked = {name: _check_input(given[name], spec, where, first_row) for name, spec in specs.items()}
+    parts = _summands(specs)
+    checked = {name: _check_input(given[name], spec, where, first_row, parts) for name, spec in specs.items()}
     lengths = {name: len(array) for name, array in checked.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name}: {rows}" for name, rows in lengths.items())
@@ -161,13 +162,20 @@ def _check_keys(arrays: Mapping[str, object], specs: Mapping[str, InputSpec], wh
         )
 
 
-def _check_input(array: np.ndarray, spec: InputSpec, where: str, first_row: int) -> np.ndarray:
+def _summands(specs: Mapping[str, InputSpec]) -> frozenset[str]:
+    """Dimensions that are part of a sum such as ``past + tokens``: a cache may be empty, the sum is not."""
+    sums = (dim for spec in specs.values() for dim in spec.dims if isinstance(dim, str) and "+" in dim)
+    return frozenset(part.strip() for dim in sums for part in dim.split("+"))
+
+
+def _check_input(array: np.ndarray, spec: InputSpec, where: str, first_row: int, may_be_empty: frozenset[str]) -> np.ndarray:
     if array.ndim != len(spec.dims):
         raise InputError(f"{where}: {spec.name!r} has shape {list(array.shape)}; the model wants {spec} (axis 0 = samples)")
     for axis, (size, dim) in enumerate(zip(array.shape, spec.dims, strict=True)):
         if axis and isinstance(dim, int) and size != dim:
             raise InputError(f"{where}: {spec.name!r} has shape {list(array.shape)}, but the model fixes axis {axis} to {dim} ({spec})")
-    if not array.size:
+    empty = [dim for size, dim in zip(array.shape, spec.dims, strict=True) if not size]
+    if empty and not (len(array) and spec.dtype.kind == "f" and may_be_empty.issuperset(empty)):
         raise InputError(f"{where}: {spec.name!r} is empty (shape {list(array.shape)})")
     return _cast(array, spec, where, first_row)
 
@@ -197,7 +205,7 @@ def _cast(array: np.ndarray, spec: InputSpec, where: str, first_row: int) -> np.
 def _check_finite(name: str, array: np.ndarray, where: str, first_row: int) -> None:
     if array.dtype.kind != "f":
         return
-    rows = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    rows = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
     if not rows.all():
         first = int(np.argmin(rows))
         raise InputError(f"{where}: {name!r} holds NaN or infinity, first in row {first_row + first} ({int((~rows).sum())} rows in all)")
