@@ -67,9 +67,7 @@ def test_a_decoder(model: Folder, tmp_path: Path, kind: str, cache: bool) -> Non
     heads = 4 if kind == "gpt2" else 2
     past = [name for name in result.model.input_names if name.startswith("past_key_values.")]
     assert past == [f"past_key_values.{layer}.{word}" for layer in range(2) for word in ("key", "value")] * cache
-    assert [name for name in result.model.output_names if name != "logits"] == [
-        name.replace("past_key_values", "present") for name in past
-    ]
+    assert [name for name in result.model.output_names if name != "logits"] == [name.replace("past_key_values", "present") for name in past]
     if cache:
         assert result.calibration_shapes["past_key_values.0.key"] == (60, heads, 0, 8)
     assert sum(len(kept) for kept in pruned.plan.kept.values()) < sum(pruned.plan.units.values())
