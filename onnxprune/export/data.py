@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from onnxprune.export.rows import Row, read_rows
 from onnxprune.export.signature import Signature
 from onnxprune.export.tasks import Task
 from onnxprune.graph.model import atomic_file
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -84,8 +87,13 @@ def _from_images(source: Source, folder: ModelFolder, task: Task, signature: Sig
 
     images = _chosen(find_images(source.path), source)
     arrays = encode(folder, signature, images)
-    if task.name in CLASSIFICATION and all(image.parent.name in config.label2id for image in images):
-        arrays[LABELS] = np.array([config.label2id[image.parent.name] for image in images], np.int64)
+    if task.name in CLASSIFICATION and any(image.parent != source.path for image in images):
+        numbers = [_class_number(image.parent.name, config) for image in images]
+        if None in numbers:
+            strange = images[numbers.index(None)].parent.name
+            log.warning("no labels are written: the folder %r is no class of the model (%s)", strange, _classes(config))
+        else:
+            arrays[LABELS] = np.array(numbers, np.int64)
     return arrays
 
 
@@ -98,17 +106,27 @@ def _chosen(rows: Sequence[T], source: Source) -> list[T]:
 
 
 def _labels(rows: Sequence[Row], config: Any) -> np.ndarray:
-    """Class numbers; names are looked up in the model's own configuration."""
-    known: Mapping[str, int] = config.label2id
     numbers = []
     for row in rows:
         text = row.label or ""
-        number = known[text] if text in known else int(text) if text.isdecimal() else -1
-        if not 0 <= number < config.num_labels:
-            near = difflib.get_close_matches(text, known, 1)
-            raise InputError(
-                f"{row.where}: the label {text!r} is no class of the model{f'; did you mean {near[0]!r}?' if near else ''} "
-                f"(0 to {config.num_labels - 1}, or {', '.join(map(str, list(known)[:5]))}{', ...' if len(known) > 5 else ''})"
-            )
+        number = _class_number(text, config)
+        if number is None:
+            near = difflib.get_close_matches(text, config.label2id, 1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{row.where}: the label {text!r} is no class of the model{guess} ({_classes(config)})")
         numbers.append(number)
     return np.array(numbers, np.int64)
+
+
+def _class_number(text: str, config: Any) -> int | None:
+    """A class by its name in the model's configuration (with ``_`` for ``/``, which no folder can be named), or by number."""
+    known = {str(name): int(number) for name, number in config.label2id.items()}
+    number = {**{name.replace("/", "_"): index for name, index in known.items()}, **known}.get(text)
+    if number is None and text.isdecimal():
+        number = int(text)
+    return number if number is not None and 0 <= number < config.num_labels else None
+
+
+def _classes(config: Any, most: int = 5) -> str:
+    names = [str(name) for name in config.label2id]
+    return f"0 to {config.num_labels - 1}, or {', '.join(names[:most])}{', ...' if len(names) > most else ''}"

@@ -159,11 +159,19 @@ def test_images_are_scaled_as_the_folder_says(model: Folder, tmp_path: Path) -> 
     assert found["pixel_values"].shape == (2, 3, folders.IMAGE, folders.IMAGE)
 
 
-def test_subfolders_that_are_no_classes_give_no_labels(model: Folder, tmp_path: Path) -> None:
-    place = folders.write_images(tmp_path / "images", 6)
-    assert arrays(model("vit"), place)["labels"].tolist() == [0, 0, 1, 1, 2, 2]
-    (place / "odd").rename(place / "strange")
-    assert "labels" not in arrays(model("vit"), place)
+def test_subfolders_are_classes_or_there_is_a_warning(model: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, place = model("vit"), folders.write_images(tmp_path / "images", 6)
+    assert arrays(folder, place)["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+    (place / "odd").rename(place / "2")
+    assert sorted(arrays(folder, place)["labels"].tolist()) == [0, 0, 1, 1, 2, 2]
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"odd"', '"odd/even"'))
+    (place / "2").rename(place / "odd_even")
+    assert sorted(arrays(folder, place)["labels"].tolist()) == [0, 0, 1, 1, 2, 2]
+    assert not caplog.records
+    (place / "odd_even").rename(place / "strange")
+    assert "labels" not in arrays(folder, place)
+    assert "the folder 'strange' is no class of the model (0 to 2, or calm, loud, odd/even)" in caplog.text
 
 
 def test_damaged_images_and_missing_settings_are_named(model: Folder, tmp_path: Path) -> None:
