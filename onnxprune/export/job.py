@@ -208,11 +208,18 @@ def _attempts(
             attempts.append(Attempt(name, version, model, parity, parity.reason))
         except Exception as error:  # torch raises hundreds of kinds where it meets an operator that it cannot write
             log.debug("export by %s failed", name, exc_info=True)
-            attempts.append(Attempt(name, version, None, None, (str(error).strip().splitlines() or [type(error).__name__])[0]))
+            attempts.append(Attempt(name, version, None, None, _reason(error)))
         if attempts[-1].failure and len(wanted) > 1:
             log.info("export by %s is left out: %s", name, attempts[-1].failure)
         tell(f"export by {name}", 1, 1)
     return tuple(attempts)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what began it: torch wraps errors in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _in_memory(model: Model) -> Model:

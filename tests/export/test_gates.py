@@ -42,7 +42,7 @@ def slightly_wrong(*words: Any) -> Model:
 
 
 def failing(*words: Any) -> Model:
-    raise RuntimeError("operator aten::unheard_of is not known\nand more lines")
+    raise RuntimeError("Failed to export the model.\nNext steps: ...") from ValueError("operator aten::unheard_of is not known\nat ...")
 
 
 def test_a_graph_that_differs_is_not_written(model: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

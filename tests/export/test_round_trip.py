@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 
 import onnxprune
+from onnxprune.export import exporters
 from onnxprune.export.job import ExportResult
 from tests.export import folders
 
@@ -119,6 +120,19 @@ def test_dynamo_and_a_later_opset(model: Folder, tmp_path: Path, kind: str) -> N
     assert result.parity.worst <= 1e-4
     assert onnxprune.load(tmp_path / "model.onnx").opset() == 20
     assert str(Path(onnxprune.__file__).parent).encode() not in (tmp_path / "model.onnx").read_bytes()
+
+
+@pytest.mark.slow
+def test_weights_too_large_for_one_file_take_another(model: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporters, "LARGE_BYTES", 0)
+    result = onnxprune.export_model(model("vit"), tmp_path / "model.onnx", exporter="dynamo", external_data=True)
+    assert (tmp_path / "model.onnx.data").stat().st_size > 10_000
+    feeds = {"pixel_values": np.ones((1, 3, folders.IMAGE, folders.IMAGE), np.float32)}
+    (from_file,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, feeds)
+    alone = onnxprune.export_model(model("vit"), exporter="dynamo").model  # its temporary files are gone
+    (from_memory,) = onnxruntime.InferenceSession(alone.to_proto().SerializeToString()).run(None, feeds)
+    np.testing.assert_array_equal(from_file, from_memory)
+    assert result.model.parameters == alone.parameters
 
 
 def test_the_same_folder_gives_the_same_bytes(model: Folder, tmp_path: Path) -> None:
