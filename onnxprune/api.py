@@ -480,8 +480,7 @@ def _chain(decision: Decision) -> dict[str, Model]:
     steps = {"finished original": finish(anatomy.model, rewrites)}
     if plan.rewrites != rewrites and any(plan.removed.values()):
         if plan.int8 is not None:
-            shipping = decision.shipping
-            steps["int8"] = shipping.ship(dense_student(anatomy, decision.study.sites))
+            steps["int8"] = decision.shipping.final(dense_student(anatomy, decision.study.sites))
         steps["pruned"] = execute(anatomy, replace(plan, rewrites=rewrites, int8=None))
     return steps
 

@@ -142,6 +142,9 @@ def choose_scheme(
         The scheme, None if integers are not faster than float here; and what was measured.
     """
 
+    if not products_of(model):
+        return None, ()
+
     def build(scheme: Scheme) -> Model:
         return finish(model, rewrites, tailor(model, scheme, calibration, options))
 

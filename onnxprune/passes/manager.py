@@ -22,7 +22,20 @@ from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.profile import shapes_of
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
-from onnxprune.passes.rounds import Progress, Recipe, Scores, Student, Workbench, choose, cut, dense_student, descend, offers_of, score
+from onnxprune.passes.rounds import (
+    Descent,
+    Progress,
+    Recipe,
+    Scores,
+    Student,
+    Workbench,
+    choose,
+    cut,
+    dense_student,
+    descend,
+    offers_of,
+    score,
+)
 from onnxprune.passes.scope import Settings, Study
 from onnxprune.passes.shipping import Shipping, choose_shipping
 from onnxprune.request import examples, request_feeds
@@ -120,7 +133,8 @@ class _Search:
     def _judging_rows(self, held: int) -> int:
         if self.settings.target.auto:
             return held // 2
-        return max(min(held // 4, _JUDGES), 1) if self.study.integers and held > 1 else 0
+        timed = _UNITS[self.settings.target.quantity] == "ms"
+        return max(min(held // 4, _JUDGES), 1) if (self.study.integers or timed) and held > 1 else 0
 
     def _workbench(self, recipe: Recipe) -> Workbench:
         anatomy = self.study.anatomy
@@ -156,14 +170,13 @@ class _Search:
         if goal is not None and min(tables.floats.floor, tables.integers.floor) > goal:
             self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
         if goal is None:
-            table = tables.integers if self.shipping.scheme else tables.floats
-            student, predicted, measured = self._auto(table, given)
+            student, table, predicted, measured = self._auto(tables, given)
         else:
-            table, first = self._precision(tables, goal)
+            table, first = self._precision(tables, given, goal)
             student, table, predicted, measured = self._reach(table, given, goal, first)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
 
-    def _precision(self, tables: Tables, goal: float) -> tuple[CostTable, Scores | None]:
+    def _precision(self, tables: Tables, given: float, goal: float) -> tuple[CostTable, Scores | None]:
         """Decide which products compute in integers for this goal; the table that follows, and the scores it took."""
         if self.shipping.scheme is None:
             return tables.floats, None
@@ -178,7 +191,7 @@ class _Search:
         offers = {name: (kept, factor * lost) for name, (kept, lost) in found.items()}
         floats = assign(tables, groups, offers, {site.name: site.units for site in self.bench.sites}, goal)
         if floats is None:
-            self._impossible(tables.integers, goal, goal)
+            self._impossible(tables.integers, given, goal)
         self.shipping = self.shipping.with_floats(floats)
         log.info("%d of %d products stay in float", len(floats), sum(len(group.products) for group in groups))
         return tables.blend(groups, floats), scores
@@ -236,10 +249,11 @@ class _Search:
 
     def _reach(self, table: CostTable, given: float, goal: float, first: Scores | None) -> tuple[Student, CostTable, float, float]:
         """Rounds to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
-        found = descend(self.bench, table, goal, self.bench.recipe.rounds, first)
+        error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
+        found = descend(self.bench, table, goal, self.bench.recipe.rounds, first=first, error=error)
         if found is None:
             self._impossible(table, given, goal)
-        student, before, scores = found
+        student = found.student
         if table.unit != "ms":
             cost = table.predict(student.counts)
             return student, table, cost, cost
@@ -256,7 +270,7 @@ class _Search:
             if miss <= _ANCHORED or attempt == _REPEATS:
                 break
             table = table.scaled(measured / predicted)
-            again = self._again(before, scores, table, goal) if scores.saliency else None
+            again = self._again(found, table, goal) if found.scores.saliency else None
             if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
                 break
             student = again
@@ -264,16 +278,18 @@ class _Search:
         _, student, predicted, measured = best
         return student, table, predicted, measured
 
-    def _again(self, before: Student, scores: Scores, table: CostTable, goal: float) -> Student | None:
-        kept = choose(self.bench, before, scores, table, goal)
+    def _again(self, found: Descent, table: CostTable, goal: float) -> Student | None:
+        kept = choose(self.bench, found.before, found.scores, table, goal, spare=found.spare)
         return None if kept is None else cut(self.bench, kept)
 
-    def _auto(self, table: CostTable, given: float) -> tuple[Student, float, float]:
+    def _auto(self, tables: Tables, given: float) -> tuple[Student, CostTable, float, float]:
         """Go down in steps while the judging rows allow it, then half a step more; step back if the other held-back rows disagree."""
         limit = self.settings.max_drop if self.settings.max_drop is not None else 0.01
-        prunable = table.full - table.fixed
         student, share = self.dense, 1.0
         passed: list[Student] = [student] if self._integers_within(student, limit) or not self.bench.sites else []
+        # Which products stay in float is settled now, and with it what everything costs.
+        table = tables.blend(self.shipping.groups, self.shipping.floats) if self.shipping.scheme else tables.floats
+        prunable = table.full - table.fixed
         number = 0
         while self.bench.sites and share * _AUTO_STEP >= _AUTO_FLOOR:
             number += 1
@@ -298,7 +314,7 @@ class _Search:
                 "allow a larger drop or give more calibration rows"
             )
         chosen = passed[-1]
-        return chosen, table.predict(chosen.counts), self._measure(chosen, given)
+        return chosen, table, table.predict(chosen.counts), self._measure(chosen, given)
 
     def _integers_within(self, student: Student, limit: float) -> bool:
         """Leave the most sensitive products in float until the unpruned model in int8 loses no more than ``limit``; in the end, all."""
@@ -308,6 +324,8 @@ class _Search:
             if share:
                 groups = self.shipping.groups
                 self.shipping = self.shipping.with_floats(most_sensitive(groups, math.ceil(share * len(groups))))
+            if self.shipping.scheme is None:
+                break
             if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
                 return True
         reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"

@@ -135,10 +135,13 @@ def assign(
         integer, full = tables.integers.curves[site][kept], tables.floats.curves[site][kept]
         share_kept = kept / units[site]
         costs, errors, names = [], [], []
-        for level in range(len(mine) + 1):
+        # Of equals the first is taken: where a site goes empty, its products count as float.
+        for level in reversed(range(len(mine) + 1)):
             floats = tuple(name for group in mine[:level] for name in group.products)
             costs.append(integer + _float_share(mine, floats) * (full - integer))
-            errors.append(lost + share_kept * sum(group.error for group in mine[level:]))
+            quantised = sum(group.error for group in mine[level:])
+            # An error may be infinite, and nothing kept has none.
+            errors.append(lost + np.multiply(share_kept, quantised, out=np.zeros(len(kept)), where=kept > 0))
             names += [floats] * len(kept)
         options.append(Options(np.concatenate(costs), np.concatenate(errors)))
         choices.append(names)

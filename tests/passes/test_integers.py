@@ -90,7 +90,6 @@ def test_integers_that_cost_nothing_are_taken_before_units_go(monkeypatch: pytes
     assert "int8" in decision.plan.rewrites
 
 
-@pytest.mark.xfail(reason="sites that the knapsack empties count as integers, though their products may stay in the end")
 def test_integers_that_cost_too_much_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, error=1e6)
     decision = search(target_latency="60%")
@@ -247,7 +246,6 @@ def test_int8_alone_is_as_fast_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
     assert decision.goal is None
 
 
-@pytest.mark.xfail(reason="the costs of integers are still predicted from after they were given up")
 def test_what_is_predicted_is_predicted_for_the_numbers_that_are_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     loses(monkeypatch, 0.5)
@@ -258,7 +256,6 @@ def test_what_is_predicted_is_predicted_for_the_numbers_that_are_shipped(monkeyp
     assert decision.table.full == pytest.approx(GIVEN)
 
 
-@pytest.mark.xfail(reason="leaving the most sensitive of one group in float leaves all in float, which is then taken for int8")
 def test_the_only_group_of_products_is_refused_when_it_loses_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     loses(monkeypatch, 0.5)

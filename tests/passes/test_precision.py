@@ -162,7 +162,6 @@ def test_without_sites_only_the_precision_is_decided() -> None:
     assert assign(tables, groups, {}, {}, 8.0) == {"x", "y", "z"}
 
 
-@pytest.mark.xfail(reason="nothing times infinity")
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_products_that_break_the_model_stay_in_float() -> None:
     case = random_case(5)

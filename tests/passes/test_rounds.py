@@ -46,15 +46,15 @@ def test_each_round_keeps_a_part_of_the_one_before_and_the_budget_holds(name: st
     budget = table.fixed + 0.5 * (table.full - table.fixed)
     found = descend(bench, table, budget, 3)
     assert found is not None
-    assert found[0] is seen[-1]
+    assert found.student is seen[-1]
     assert len(seen) == 3
     for before, after in itertools.pairwise([dense_student(bench.anatomy, bench.sites), *seen]):
         for site, units in after.kept.items():
             assert np.isin(units, before.kept[site]).all()
             assert (np.diff(units) > 0).all()
         assert table.predict(after.counts) < table.predict(before.counts)
-    assert table.predict(found[0].counts) <= budget * (1 + 1e-9)
-    final = found[0].model
+    assert table.predict(found.student.counts) <= budget * (1 + 1e-9)
+    final = found.student.model
     if unit == "macs":
         feeds = {key: value for key, value in zoo.feeds(name, batch=1, seq=12).items() if key in final.input_names}
         assert total_macs(final, shapes_of(final, feeds)) <= budget * (1 + 1e-9)
@@ -82,7 +82,7 @@ def test_widths_are_whole_tiles_when_time_is_the_cost(goal: float, monkeypatch: 
     widths = [student.counts[site.name] for student in seen for site in bench.sites if site.kind == "ffn"]
     assert all(width % 16 == 0 for width in widths)
     assert min(widths) < zoo.FFN["bert"]
-    assert table.predict(found[0].counts) <= goal
+    assert table.predict(found.student.counts) <= goal
 
 
 def test_counted_costs_need_no_tiles() -> None:
@@ -90,7 +90,7 @@ def test_counted_costs_need_no_tiles() -> None:
     table = counted(bench, BERT, "params")
     found = descend(bench, table, table.fixed + 0.47 * (table.full - table.fixed), 1)
     assert found is not None
-    assert any(found[0].counts[site.name] % 16 for site in bench.sites if site.kind == "ffn")
+    assert any(found.student.counts[site.name] % 16 for site in bench.sites if site.kind == "ffn")
 
 
 def test_block_fisher_swaps_units_and_keeps_counts() -> None:
@@ -120,7 +120,7 @@ def test_every_criterion_goes_with_every_compensation(name: str, importance: str
     table = counted(bench, name, "macs")
     found = descend(bench, table, table.fixed + 0.4 * (table.full - table.fixed), 2)
     assert found is not None
-    student, before, scores = found
+    student, before, scores = found.student, found.before, found.scores
     assert sum(student.counts.values()) < sum(before.counts.values()) < sum(site.units for site in bench.sites)
     assert all(np.isfinite(values).all() and (values >= 0).all() for values in scores.saliency.values())
     assert (scores.gradients is not None) == (importance == "block-fisher")
@@ -157,7 +157,7 @@ def test_the_last_cut_can_be_repeated_from_what_descend_returns() -> None:
     budget = table.fixed + 0.5 * (table.full - table.fixed)
     found = descend(bench, table, budget, 3)
     assert found is not None
-    student, before, scores = found
+    student, before, scores = found.student, found.before, found.scores
     again = choose(bench, before, scores, table, budget)
     assert again is not None
     assert {site: units.tolist() for site, units in again.items()} == {site: units.tolist() for site, units in student.kept.items()}
@@ -181,8 +181,8 @@ def test_later_rounds_go_on_when_a_site_is_empty(importance: str, monkeypatch: p
     found = descend(bench, table, 4.0, 3)
     assert found is not None
     assert [student.counts["layer.1.heads"] for student in seen[1:]] == [0, 0]
-    assert len(found[2].saliency["layer.1.heads"]) == 0
-    assert table.predict(found[0].counts) <= 4.0
+    assert len(found.scores.saliency["layer.1.heads"]) == 0
+    assert table.predict(found.student.counts) <= 4.0
 
 
 def test_the_class_row_weighs_a_share_of_the_real_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,13 +235,13 @@ def test_a_uniform_recipe_keeps_equal_numbers_in_all_layers_and_the_budget(unit:
     for student in seen:
         for kind in ("heads", "ffn"):
             assert len({student.counts[site.name] for site in bench.sites if site.kind == kind}) == 1
-    assert table.predict(found[0].counts) <= budget * (1 + 1e-9)
+    assert table.predict(found.student.counts) <= budget * (1 + 1e-9)
     # One more unit of either kind in every layer would not fit: no budget is given away.
     for kind in ("heads", "ffn"):
         sites = [site for site in bench.sites if site.kind == kind]
         step = bench.recipe.align if kind == "ffn" and unit == "ms" else 1
-        more = {site.name: min(site.units, found[0].counts[site.name] + step) for site in sites}
-        assert table.predict({**found[0].counts, **more}) > budget or all(more[s.name] == found[0].counts[s.name] for s in sites)
+        more = {site.name: min(site.units, found.student.counts[site.name] + step) for site in sites}
+        assert table.predict({**found.student.counts, **more}) > budget or all(more[s.name] == found.student.counts[s.name] for s in sites)
     free = descend(uneven, table, budget, 2)
     assert free is not None
     assert any(len({free[0].counts[site.name] for site in bench.sites if site.kind == kind}) > 1 for kind in ("heads", "ffn"))
