@@ -193,6 +193,8 @@ def _symbol_sizes(specs: Mapping[str, InputSpec], shapes: Mapping[str, Sequence[
                 sizes[name, axis] = int(shapes[name][axis])
             elif dim in known:
                 sizes[name, axis] = known[dim]
+            elif dim is not None and "+" in dim:  # such as "past + tokens"
+                sizes[name, axis] = sum(known.get(part.strip(), RANDOM_SIZE) for part in dim.split("+"))
             else:
                 sizes[name, axis] = RANDOM_SIZE
                 guessed.append(f"{name} axis {axis}")

@@ -64,3 +64,10 @@ def test_made_up_inputs_keep_sums_of_dimensions() -> None:
     feeds = synthetic_feeds(decoder())
     assert feeds["mask"].shape[1] == feeds["ids"].shape[1] + feeds["cache"].shape[1]
     assert shapes_of(decoder(), feeds)["out"] == feeds["mask"].shape
+
+
+@pytest.mark.parametrize(("shapes", "total"), [({}, 128), ({"ids": (1, 5)}, 69), ({"ids": (1, 5), "cache": (1, 3, 1)}, 8)])
+def test_random_data_keeps_sums_of_dimensions(shapes: dict[str, tuple[int, ...]], total: int) -> None:
+    data = load_calibration("random", decoder(), samples=ROWS, input_shapes=shapes)
+    assert data.inputs["mask"].shape == (ROWS, total)
+    assert data.inputs["ids"].shape[1] + data.inputs["cache"].shape[1] == total
