@@ -1,4 +1,4 @@
-"""Finishing is measured: each exact rewrite is kept only if the graph is faster with it, here and now, and computes the same."""
+"""Finishing is measured: an exact rewrite is left out where the graph is slower with it, here and now, or does not compute the same."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 EQUAL = 1e-4
 """Largest accepted difference to the graph without a part, relative to the largest output."""
 
-GAIN = 1.002
-"""Least gain of a part: less is noise."""
+SLOWER = 0.99
+"""A part must not leave the graph slower than this: rewrites help by what they do, the clock has a veto, and less than that is its noise."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def choose_parts(
     samples: Sequence[Feeds],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[tuple[str, ...], tuple[Part, ...]]:
-    """Rewrites for this model: those asked for by name, and of the others the ones that pay.
+    """Rewrites for this model: those asked for by name, and all others that do not make it slower.
 
     Parts are tried one after the other, each on top of those kept so far, all in one interleaved measurement per part.
 
@@ -61,7 +61,7 @@ def choose_parts(
     kept = exact(asked)
     parts: list[Part] = []
     reference = [run(open_session(model, options), batch) for batch in samples]
-    tried = [name for name in finishing(options.provider) if name not in kept]
+    tried = [name for name in finishing(options.short_provider) if name not in kept]
     for number, name in enumerate(tried):
         if progress:
             progress(number, len(tried))
@@ -86,10 +86,9 @@ def choose_parts(
             max_seconds=10.0,
         )
         speedup = ratio(timings, "before", "after").median
-        # Less in the file at equal speed is a gain as well; only the clean-up offers that.
-        pays = speedup >= GAIN or (name == "clean" and speedup > 1 - EQUAL * 100)
-        parts.append(Part(name, places, speedup, pays, "faster" if speedup >= GAIN else ("smaller" if pays else "not faster")))
-        log.info("finishing with %s: %d places, %.3fx, %s", name, places, speedup, parts[-1].why)
+        pays = speedup >= SLOWER
+        parts.append(Part(name, places, speedup, pays, "" if pays else "slower here"))
+        log.info("finishing with %s: %d places, %.3fx, %s", name, places, speedup, "kept" if pays else "left out")
         if pays:
             kept = ordered((*kept, name))
     if progress:

@@ -36,6 +36,9 @@ METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy", "mse")
 NEAR = 0.95
 """Schemes at least this fast, relative to the fastest, are judged by their error."""
 
+FASTER = 1.02
+"""Less than this over float is noise, and the error would be for nothing."""
+
 AS_GOOD = 1.25
 """Of those, an error up to this many times the least counts as equally good, and speed decides: the judging rows are few."""
 
@@ -74,7 +77,7 @@ def products_of(model: Model, floats: Collection[str] = ()) -> tuple[Node, ...]:
 
 
 def untailored(model: Model, scheme: Scheme, floats: Collection[str] = ()) -> Int8Form:
-    """A form of the right shape for timing: ranges are made up, nothing"""
+    """A form of the right shape for timing: ranges are made up."""
     products = products_of(model, floats)
     ranges = {node.inputs[0]: Range(-1.0, 1.0) for node in products} if scheme.kind == "static" else {}
     tables = tuple(node.name for node in int8_tables(GraphView(model)))
@@ -151,7 +154,7 @@ def choose_scheme(
     schemes = [Scheme("dynamic", True), Scheme("dynamic", False)] if choice != "static" else []
     models = {scheme: build(scheme) for scheme in schemes}
     if choice != "dynamic":
-        trials = {scheme: build(scheme) for scheme in (Scheme("static", True, method) for method in METHODS)}
+        trials = _static_trials(model, rewrites, calibration, options)
         errors = {scheme: yardstick(built) for scheme, built in trials.items()}
         best = min(errors, key=lambda scheme: errors[scheme])
         models[best] = trials[best]
@@ -165,12 +168,23 @@ def choose_scheme(
         log.info("int8 %s: %.3fx, divergence %.3g", scheme, speed.median, measured[-1].divergence)
         if progress:
             progress(number + 1, len(models))
-    faster = [trial for trial in measured if trial.speedup > 1]
+    faster = [trial for trial in measured if trial.speedup > FASTER]
     if not faster:
         return None, tuple(measured)
     near = [trial for trial in faster if trial.speedup >= NEAR * max(trial.speedup for trial in faster)]
     good = [trial for trial in near if trial.divergence <= AS_GOOD * min(trial.divergence for trial in near)]
     return max(good, key=lambda trial: trial.speedup).scheme, tuple(measured)
+
+
+def _static_trials(model: Model, rewrites: Sequence[str], rows: CalibrationData, options: RuntimeOptions) -> dict[Scheme, Model]:
+    """The model with static ranges by every method, from one pass over the rows."""
+    form = untailored(model, Scheme("static", True))
+    found = summarise(model, form.ranges, rows.take(slice(0, _SUMMARISED)), options)
+    trials = {}
+    for method in METHODS:
+        ranges = {name: range_of(found[name].histogram, method) for name in form.ranges}
+        trials[Scheme("static", True, method)] = finish(model, rewrites, replace(form, ranges=ranges))
+    return trials
 
 
 def timed(model: Model, feeds: Feeds, options: RuntimeOptions) -> Callable[[], object]:

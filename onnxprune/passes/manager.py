@@ -16,10 +16,11 @@ import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import Objective, Targets, check_labels_of, check_loss, choose_objective
-from onnxprune.errors import NothingPrunable, Refusal, TargetError
+from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.profile import shapes_of
+from onnxprune.passes.base import exact
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import (
@@ -104,6 +105,8 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     Raises:
         TargetError: the target is below what any choice of units reaches.
     """
+    if not study_.sites and not study_.integers and not settings.target.auto:
+        raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: name heads, ffn or int8 as well")
     return _Search(study_, data, settings, progress).run()
 
 
@@ -121,7 +124,7 @@ class _Search:
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
         self.request = request_feeds(study_.given, data, settings.input_shapes)
         self.example = {name: array.shape for name, array in examples(data).items()}
-        recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.provider, settings.recipe.align))
+        recipe = replace(settings.recipe, align=GRANULARITY.get(settings.runtime.short_provider, settings.recipe.align))
         self.bench = self._workbench(recipe)
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
@@ -164,13 +167,15 @@ class _Search:
         tables, given = self._costs()
         goal = None if target.auto else target.absolute(given)
         full = tables.floats.full
-        if goal is not None and full <= goal and self.study.sites:
+        if goal is not None and full <= goal:
             self.shipping = self.shipping.in_float()
             return self._decision(self.dense, tables.floats, given, full, goal, full, full, already_met=True)
         if goal is not None and min(tables.floats.floor, tables.integers.floor) > goal:
             self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
         if goal is None:
             student, table, predicted, measured = self._auto(tables, given)
+        elif not self.study.sites and tables.floats.unit == "ms":
+            student, table, predicted, measured = self._quantise(tables, given, goal)
         else:
             table, first = self._precision(tables, given, goal)
             student, table, predicted, measured = self._reach(table, given, goal, first)
@@ -195,6 +200,17 @@ class _Search:
         self.shipping = self.shipping.with_floats(floats)
         log.info("%d of %d products stay in float", len(floats), sum(len(group.products) for group in groups))
         return tables.blend(groups, floats), scores
+
+    def _quantise(self, tables: Tables, given: float, goal: float) -> tuple[Student, CostTable, float, float]:
+        """Integers alone: which products, for this goal; measured, re-anchored and decided again while it is too slow."""
+        for attempt in range(_REPEATS + 1):
+            table, _ = self._precision(tables, given, max(goal, tables.integers.full) if attempt else goal)
+            measured = self._measure(self.dense, given)
+            self._note(f"anchor {attempt}", self.dense, table.full, measured)
+            if measured <= goal * _CLOSE or self.shipping.scheme is None or attempt == _REPEATS:
+                break
+            tables = tables.scaled(measured / table.full)
+        return self.dense, table, table.full, measured
 
     def _error_of_saliency(self, table: CostTable, goal: float, scores: Scores) -> float:
         """Divergence per unit of saliency removed, from one cut in the region of the goal: then int8 and pruning are counted alike."""
@@ -225,7 +241,7 @@ class _Search:
         in_float = self.shipping.in_float()
         if unit != "ms":
             table = counted_costs(self.study.anatomy, self.bench.sites, unit, self.request)
-            if unit == "bytes" and self.shipping.scheme is not None:
+            if unit == "bytes" and exact(self.shipping.steps) != self.shipping.steps:
                 return Tables(table, shipped_bytes(table, self.bench.sites, self.shipping.probe)), table.full
             return Tables(table, table), table.full
         table, given = self._timed(in_float, "cost table")

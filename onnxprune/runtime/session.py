@@ -36,6 +36,12 @@ class RuntimeOptions:
     provider: str = "cpu"
     threads: int = 1
 
+    @property
+    def short_provider(self) -> str:
+        """``cpu`` for CPUExecutionProvider, and so on; other names as they are."""
+        known = {name.lower(): short for short, name in PROVIDERS.items()}
+        return known.get(self.provider.lower(), self.provider.lower())
+
 
 def require_onnxruntime() -> Any:
     """Import onnxruntime, or say exactly what to install or repair.

@@ -216,7 +216,8 @@ def test_the_plan_says_what_was_asked_and_how_it_was_decided() -> None:
 
 def test_the_same_seed_gives_the_same_plan_and_another_seed_another() -> None:
     def plan(seed: int) -> str:
-        return search(load(zoo.path(BERT)), calibration(BERT), settings(target_macs="60%", seed=seed, rounds=2)).plan.sha256
+        chosen = settings(target_macs="60%", seed=seed, rounds=2, finishing=False)  # what the clock decides may differ
+        return search(load(zoo.path(BERT)), calibration(BERT), chosen).plan.sha256
 
     assert plan(0) == plan(0) != plan(1)
 
