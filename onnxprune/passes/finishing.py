@@ -22,7 +22,7 @@ EQUAL = 1e-4
 """Largest accepted difference to the graph without a part, relative to the largest output."""
 
 SLOWER = 0.99
-"""A part must not leave the graph slower than this: rewrites help by what they do, the clock has a veto, and less than that is its noise."""
+"""A part must not leave the graph slower than this: rewrites help by what they do, the clock has a veto, and less is its noise."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,6 @@ MISS = 0.02
 _ANCHORED = 0.01
 """A measured latency may miss its goal by this share before the search is repeated with a re-anchored table."""
 
-_CLOSE = 1.005
-
 _REPEATS = 2
 _BATCH_ROWS = 8
 _OUTPUT_BYTES = 64_000_000
@@ -178,7 +176,7 @@ class _Search:
             student, table, predicted, measured = self._quantise(tables, given, goal)
         else:
             table, first = self._precision(tables, given, goal)
-            student, table, predicted, measured = self._reach(table, given, goal, first)
+            student, table, predicted, measured = self._reach(table, given, goal, first, tables.floats if self.shipping.scheme else None)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
 
     def _precision(self, tables: Tables, given: float, goal: float) -> tuple[CostTable, Scores | None]:
@@ -207,7 +205,7 @@ class _Search:
             table, _ = self._precision(tables, given, max(goal, tables.integers.full) if attempt else goal)
             measured = self._measure(self.dense, given)
             self._note(f"anchor {attempt}", self.dense, table.full, measured)
-            if measured <= goal * _CLOSE or self.shipping.scheme is None or attempt == _REPEATS:
+            if measured <= goal * (1 + MISS) or self.shipping.scheme is None or attempt == _REPEATS:
                 break
             tables = tables.scaled(measured / table.full)
         return self.dense, table, table.full, measured
@@ -263,10 +261,12 @@ class _Search:
             progress=self.bench.report(what),
         )
 
-    def _reach(self, table: CostTable, given: float, goal: float, first: Scores | None) -> tuple[Student, CostTable, float, float]:
+    def _reach(
+        self, table: CostTable, given: float, goal: float, first: Scores | None, shape: CostTable | None
+    ) -> tuple[Student, CostTable, float, float]:
         """Rounds to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
         error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
-        found = descend(self.bench, table, goal, self.bench.recipe.rounds, first=first, error=error)
+        found = descend(self.bench, table, goal, self.bench.recipe.rounds, first=first, error=error, shape=shape)
         if found is None:
             self._impossible(table, given, goal)
         student = found.student
@@ -280,7 +280,7 @@ class _Search:
             self._note(f"anchor {attempt}", student, predicted, measured)
             miss = abs(measured / goal - 1)
             # Faster than asked for is no failure: a model over the goal ranks behind every one that is not.
-            rank = miss if measured <= goal * _CLOSE else miss + 1
+            rank = miss if measured <= goal * (1 + MISS) else miss + 1
             if best is None or rank < best[0]:
                 best = (rank, student, predicted, measured)
             if miss <= _ANCHORED or attempt == _REPEATS:
@@ -295,7 +295,7 @@ class _Search:
         return student, table, predicted, measured
 
     def _again(self, found: Descent, table: CostTable, goal: float) -> Student | None:
-        kept = choose(self.bench, found.before, found.scores, table, goal, spare=found.spare)
+        kept = found.taste.choose(self.bench, found.before, found.scores, table, goal)
         return None if kept is None else cut(self.bench, kept)
 
     def _auto(self, tables: Tables, given: float) -> tuple[Student, CostTable, float, float]:

@@ -42,6 +42,9 @@ _ROUND_SHARE = 0.8
 """A round leaves at most this share of what can be removed, unless that takes more rounds than asked for."""
 
 
+_BISECTIONS = 8
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to decide.
@@ -235,16 +238,40 @@ def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
 
 
 @dataclass(frozen=True, eq=False)
+class Taste:
+    """One way to choose within the same budget: ``spare`` empties no site, ``shape`` weighs sites by the costs of another table."""
+
+    spare: bool = False
+    shape: CostTable | None = None
+
+    def choose(self, bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float) -> dict[str, np.ndarray] | None:
+        """Units to keep so that ``table`` predicts at most ``budget``; None if this taste finds none."""
+        if self.shape is None:
+            return choose(bench, student, scores, table, budget, spare=self.spare)
+        low, high, best = self.shape.floor, self.shape.full, None
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            kept = choose(bench, student, scores, self.shape, middle, spare=self.spare)
+            if kept is not None and table.predict({site: len(units) for site, units in kept.items()}) <= budget:
+                low, best = middle, kept
+            elif kept is None:
+                low = middle
+            else:
+                high = middle
+        return best
+
+
+@dataclass(frozen=True, eq=False)
 class Descent:
     """``student`` is the result; ``before`` and ``scores``, of before the last cut, allow another last cut without scoring again.
 
-    ``spare``: the last cut was chosen among those that empty no site.
+    ``taste`` is how the last cut was chosen.
     """
 
     student: Student
     before: Student
     scores: Scores
-    spare: bool = False
+    taste: Taste = field(default_factory=Taste)
 
 
 def descend(
@@ -255,16 +282,19 @@ def descend(
     *,
     first: Scores | None = None,
     error: Callable[[Model], float] | None = None,
+    shape: CostTable | None = None,
 ) -> Descent | None:
     """Rounds from the dense model to ``budget``; none if that needs nothing removed, None if the budget cannot be met.
 
-    Saliencies of single units add up to less than their site is worth: a choice that empties sites is often the worse one. Where a round's
-    choice does, the best choice that does not is cut as well, and the model decides.
+    Saliencies of single units add up to less than their site is worth, and measured costs of small parts are noisy: the choice that looks
+    best on paper often is not. Where there are others of the same cost (one that empties no site, one by another table's proportions),
+    each is cut and re-fitted, and the model decides.
 
     Args:
         rounds: most rounds; fewer where none would remove a fifth of what can be.
         first: scores of the dense model, if they are known.
         error: of a student against the original, on rows that judge; None trusts saliencies.
+        shape: another table of the same sites, for a choice by its proportions.
     """
     student = dense_student(bench.anatomy, bench.sites)
     if table.full <= budget:
@@ -276,29 +306,41 @@ def descend(
     if share <= 0 and budget < table.floor:
         return None
     rounds = min(rounds, max(1, math.ceil(math.log(max(share, 1e-9)) / math.log(_ROUND_SHARE))))
-    before, scores, spare = student, Scores({}), False
+    tastes = [Taste()]
+    if error is not None and table.unit == "ms":
+        tastes += [Taste(spare=True)] + ([Taste(spare=True, shape=shape)] if shape is not None else [])
+    before, scores, taste = student, Scores({}), tastes[0]
     for number in range(1, rounds + 1):
         goal = table.fixed + prunable * max(share, 1e-9) ** (number / rounds) if number < rounds else budget
         before, scores = student, first if number == 1 and first is not None else score(bench, student, number)
-        found = _best_cut(bench, before, scores, table, max(goal, table.floor), error)
+        found = _best_cut(bench, before, scores, table, max(goal, table.floor), tastes, error)
         if found is None:
             return None
-        student, spare = found
+        student, taste = found
         log.info("round %d: cost %.4g of %.4g %s", number, table.predict(student.counts), table.full, table.unit)
-    return Descent(student, before, scores, spare)
+    return Descent(student, before, scores, taste)
 
 
 def _best_cut(
-    bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float, error: Callable[[Model], float] | None
-) -> tuple[Student, bool] | None:
-    kept = choose(bench, student, scores, table, budget)
-    if kept is None:
+    bench: Workbench,
+    student: Student,
+    scores: Scores,
+    table: CostTable,
+    budget: float,
+    tastes: Sequence[Taste],
+    error: Callable[[Model], float] | None,
+) -> tuple[Student, Taste] | None:
+    """The cut of least error among those that differ; the first where there is no judge."""
+    found: dict[tuple[int, ...], tuple[dict[str, np.ndarray], Taste]] = {}
+    for taste in tastes:
+        kept = taste.choose(bench, student, scores, table, budget)
+        if kept is not None:
+            found.setdefault(tuple(len(units) for units in kept.values()), (kept, taste))
+    if not found:
         return None
-    emptied = any(not len(units) and len(student.kept[site]) for site, units in kept.items())
-    other = choose(bench, student, scores, table, budget, spare=True) if emptied and error is not None and table.unit == "ms" else None
-    if other is None or error is None:
-        return cut(bench, kept), False
-    plain, spared = cut(bench, kept), cut(bench, other)
-    errors = error(plain.model), error(spared.model)
-    log.info("emptying sites: error %.3g, sparing them: %.3g", *errors)
-    return (spared, True) if errors[1] < errors[0] else (plain, False)
+    cuts = [(cut(bench, kept), taste) for kept, taste in found.values()]
+    if len(cuts) == 1 or error is None:
+        return cuts[0]
+    errors = [error(candidate.model) for candidate, _ in cuts]
+    log.info("errors of %d choices: %s", len(cuts), ", ".join(f"{value:.3g}" for value in errors))
+    return cuts[int(np.argmin(errors))]

@@ -37,6 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> 
 
     monkeypatch.setattr(int8, "tailor", lambda model, scheme, *_: scheme)
     monkeypatch.setattr(int8, "finish", lambda model, rewrites, form=None: form or tuple(rewrites))
+    monkeypatch.setattr(int8, "_static_trials", lambda *_: {scheme: scheme for scheme in (MINMAX, PERCENTILE, ENTROPY, MSE)})
     monkeypatch.setattr(int8, "timed", lambda *_: None)
     monkeypatch.setattr(int8, "time_sessions", timing)
     return seen
@@ -64,7 +65,7 @@ def times(channels: float = 50.0, tensor: float = 50.0, static: float = 50.0) ->
         (times(channels=51.0, tensor=49.0), (1.0, AS_GOOD * 0.99, 9.0), TENSOR),  # as good, and faster
         (times(channels=51.0, tensor=49.0), (1.0, AS_GOOD * 1.01, 9.0), CHANNELS),  # faster, but not as good
         (times(channels=60.0, tensor=49.0), (1.0, 9.0, 9.0), TENSOR),  # too slow for its error to count
-        (times(channels=99.0, tensor=101.0, static=120.0), (9.0, 1.0, 1.0), CHANNELS),  # the only one that is faster than float
+        (times(channels=97.0, tensor=99.0, static=120.0), (9.0, 1.0, 1.0), CHANNELS),  # the only one that is faster than float
     ],
 )
 def test_of_nearly_equal_speeds_the_least_error_wins(
@@ -80,10 +81,10 @@ def test_of_nearly_equal_speeds_the_least_error_wins(
 
 
 def test_nothing_is_chosen_where_float_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, times(100.0, 101.0, 200.0))
+    machine(monkeypatch, times(99.0, 101.0, 200.0))
     scheme, trials = chosen(lambda scheme: 0.0)
     assert scheme is None
-    assert max(trial.speedup for trial in trials) == 1.0
+    assert max(trial.speedup for trial in trials) == pytest.approx(100 / 99), "noise is no gain"
 
 
 @pytest.mark.parametrize(
