@@ -25,7 +25,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,dev]'
 	@touch $@
 
-demo: $(VENV)/.cpu ## prune the embedded vision model to 60 % of its latency and print before and after
+demo: $(VENV)/.cpu ## prune and quantize the embedded vision model to 30 % of its latency, and print before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" samples/vision/run.sh
 
 test: check ## linters, type checker and every test, the slow ones included
