@@ -185,6 +185,7 @@ class _Search:
             return tables.floats, None
         if tables.integers.unit != "ms":
             return tables.integers, None
+        tables = tables.plausible()
         groups = self.shipping.groups
         scores, factor = None, 0.0
         if self.bench.sites:
@@ -192,7 +193,11 @@ class _Search:
             factor = self._error_of_saliency(tables.integers, goal, scores)
         found = offers_of(self.bench, scores, timed=True) if scores else {}
         offers = {name: (kept, factor * lost) for name, (kept, lost) in found.items()}
-        floats = assign(tables, groups, offers, {site.name: site.units for site in self.bench.sites}, goal)
+        # A site that goes empty here may stay in the end, and then it must not have counted for nothing in either precision.
+        spared = {name: (kept[1:], lost[1:]) if len(kept) > 1 else (kept, lost) for name, (kept, lost) in offers.items()}
+        units = {site.name: site.units for site in self.bench.sites}
+        floats = assign(tables, groups, spared, units, goal)
+        floats = floats if floats is not None else assign(tables, groups, offers, units, goal)
         if floats is None:
             self._impossible(tables.integers, given, goal)
         self.shipping = self.shipping.with_floats(floats)

@@ -67,6 +67,17 @@ class Tables:
         fixed = self.integers.fixed + share * (self.floats.fixed - self.integers.fixed)
         return CostTable(self.integers.unit, fixed, curves)
 
+    def plausible(self) -> Tables:
+        """Float costs at least its part in proportion to the units kept more than int8.
+
+        At few units both tables are small and their difference is noise; taken at its word it makes float free, and pruning pays for it.
+        """
+        curves = {}
+        for site, integer in self.integers.curves.items():
+            more = self.floats.curves[site] - integer
+            curves[site] = integer + np.maximum(more, more[-1] * np.arange(len(more)) / (len(more) - 1))
+        return Tables(CostTable(self.floats.unit, self.floats.fixed, curves), self.integers)
+
     def scaled(self, factor: float) -> Tables:
         return Tables(self.floats.scaled(factor), self.integers.scaled(factor))
 
