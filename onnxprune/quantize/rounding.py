@@ -1,4 +1,4 @@
-"""Symmetric int8 weights: scales, rounding that minds the inputs, smoothing and bias correction.
+"""Symmetric int8 weights: scales, rounding that minds the inputs, and smoothing.
 
 Weights are [n_in, n_out] as in ``x @ W``. Integers lie in [-127, 127], so that the sign can be turned, and stand for integer times scale.
 The error of a layer is |X (W - W^)|^2 = tr(E' G E) with the Gram matrix G = X'X [n_in, n_in] of its inputs, whose rows may be weighted.
@@ -196,24 +196,6 @@ def _predicted_error(
     scale = scales(folded, per_channel).astype(np.float64)
     lost = np.square(folded - _nearest(folded, scale) * scale).sum(axis=1)
     return float(step**2 / 12 * np.square(folded).sum() + (power / factors**2) @ lost)
-
-
-def bias_correction(weights: np.ndarray, approximation: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """What to add to the bias, float64 [n_out], so that the mean output stays: ``mean @ (W - W^)`` (Nagel et al., arXiv 1906.04721, 4.2).
-
-    Args:
-        approximation: the quantised weights [n_in, n_out] times their scale.
-        mean: of the inputs [n_in].
-
-    Raises:
-        InputError: shapes do not fit.
-    """
-    if np.shape(weights) != np.shape(approximation) or np.shape(mean) != np.shape(weights)[:1]:
-        raise InputError(
-            f"bias correction of weights {list(np.shape(weights))} against {list(np.shape(approximation))} with a mean input of shape "
-            f"{list(np.shape(mean))}; both weights must be [n_in, n_out] and the mean [n_in]"
-        )
-    return np.asarray(np.asarray(mean, np.float64) @ (np.asarray(weights, np.float64) - approximation))
 
 
 def _matrix(weights: np.ndarray) -> np.ndarray:

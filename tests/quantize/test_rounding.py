@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from onnxprune.errors import InputError
 from onnxprune.quantize.rounding import (
     BLOCK_ROWS,
-    bias_correction,
     output_error,
     round_columns,
     round_to_nearest,
@@ -216,13 +215,3 @@ def test_the_search_never_predicts_a_loss(inputs: int, seed: int, per_channel: b
     found = search_smoothing(weights_of(inputs, 3, seed), x.min(axis=0), x.max(axis=0), np.square(x).mean(axis=0), per_channel)
     assert found.error <= found.error_before
     assert (found.limit is None) == (found.error == found.error_before)
-
-
-def test_bias_correction_restores_the_mean_output() -> None:
-    weights, x = weights_of(12, 5), inputs_of(40, 12, 4, 0.2) + 3
-    scale = scales(weights, per_channel=False)
-    approximation = dequantised(round_to_nearest(weights, scale), scale)
-    added = bias_correction(weights, approximation, x.mean(axis=0))
-    np.testing.assert_allclose((x @ approximation + added).mean(axis=0), (x @ weights).mean(axis=0), rtol=1e-6)
-    with pytest.raises(InputError, match=r"mean input of shape \[5\]"):
-        bias_correction(weights, approximation, np.ones(5))
