@@ -20,13 +20,12 @@ from onnxprune.graph.axis_links import Shapes, Tie
 from onnxprune.graph.axis_rules import NONLINEAR, links
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
+from onnxprune.graph.tail import follow_tail
 from onnxprune.graph.view import GraphView, Node
 
 Kind = Literal["heads", "ffn"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
-_PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
-FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +227,7 @@ def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Co
                 f"its weight {leaf.tensor} is {made}, not a float initializer",
                 "prune the float model first and quantize afterwards",
             )
-    if not all(residual_join(view, consumer.output) for consumer in consumers):
+    if not all(follow_tail(view, consumer.output) for consumer in consumers):
         hint = "it is usually the pooler or the classifier, a small share of the time; nothing to do"
         return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch", hint)
     return None
@@ -311,24 +310,6 @@ def _attention_context(view: GraphView, node: Node) -> str | None:
                 return consumer.outputs[0]
             if consumer.op in ("IsNaN", "Where", "Cast", "Dropout", "Identity", "Mul", "Reshape", "Transpose"):
                 pending.extend(consumer.outputs)
-    return None
-
-
-def residual_join(view: GraphView, tensor: str) -> Node | None:
-    """The node where a branch joins the residual stream: the first Add on the way whose other operand is an activation."""
-    for _ in range(12):
-        readers = view.consumers.get(tensor, [])
-        if len(readers) != 1:
-            return None
-        node, slot = readers[0]
-        others = [name for position, name in enumerate(node.inputs) if name and position != slot]
-        if node.op in ("Add", "Sum") or node.op in FUSED_RESIDUAL:
-            activations = [name for name in others if not view.is_constant(name)]
-            if activations:
-                return node
-        elif node.op not in _PASSING and not (node.op in ("Mul", "Div") and all(view.is_constant(name) for name in others)):
-            return None
-        tensor = node.outputs[0]
     return None
 
 

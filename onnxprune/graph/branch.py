@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxprune.graph.tail import follow_tail, is_norm
 from onnxprune.graph.view import GraphView, Node
 
 _PASSING = frozenset("Identity Cast Dropout Reshape Squeeze Unsqueeze Flatten".split())
@@ -15,8 +16,9 @@ _PASSING = frozenset("Identity Cast Dropout Reshape Squeeze Unsqueeze Flatten".s
 class Branch:
     """The way from a product to the sum it joins.
 
-    ``total`` is the tensor after the residual addition, ``gain`` the product of the scales on the way (LayerScale, alpha), ``bias`` the
-    (node index, slot) of the first bias on the way that is as wide as the product, ``bias_gain`` the scales before it.
+    ``total`` is the tensor after the residual addition (in front of the normalisation, if the branch has one), ``gain`` the product of the
+    scales on the way (LayerScale, alpha), ``bias`` the (node index, slot) of the first bias on the way that is as wide as the product,
+    ``bias_gain`` the scales before it.
     """
 
     total: str
@@ -26,7 +28,10 @@ class Branch:
 
 
 def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
-    """Follow the output of ``node`` to the first addition with another activation; None if something else comes first."""
+    """Follow the output of ``node`` to the first addition with another activation, or to the normalisation of a branch that has one.
+
+    None if something else comes first.
+    """
     gain = np.full(width, float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0)
     bias: tuple[int, int] | None = None
     bias_gain = gain
@@ -35,6 +40,8 @@ def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
     tensor = node.outputs[0]
     for _ in range(12):
         readers = view.consumers.get(tensor, [])
+        if any(is_norm(reader) for reader, _ in readers):
+            return Branch(tensor, gain, bias, bias_gain) if follow_tail(view, tensor) else None
         if len(readers) != 1 or readers[0][1] < 0:
             return None
         reader, slot = readers[0]

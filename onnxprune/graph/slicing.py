@@ -14,13 +14,16 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxprune.errors import InputError, OnnxPruneError
-from onnxprune.graph.anatomy import FUSED_RESIDUAL, Anatomy, Site
+from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.attention_rules import packed_sizes
 from onnxprune.graph.axis_links import Shapes
 from onnxprune.graph.axis_rules import slice_ranges
+from onnxprune.graph.cutting import cut_piece
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
+from onnxprune.graph.tail import FUSED_RESIDUAL, follow_tail, is_norm
 from onnxprune.graph.view import Node
+from onnxprune.runtime.session import open_session, run
 
 Kept = Mapping[str, np.ndarray]
 """Site name -> sorted indices of the units that stay. Sites that are not named keep everything."""
@@ -293,6 +296,8 @@ def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surg
     """Carry ``array``, which broadcasts to what ``name`` holds, through biases and scales to the addition that joins the residual."""
     view = anatomy.view
     while True:
+        if any(is_norm(node) for node, _ in view.consumers[name]):
+            name, array = _normalised(anatomy, name, array)
         ((node, slot),) = view.consumers[name]
         others = [other for position, other in enumerate(node.inputs) if other and position != slot]
         values = [value for other in others if (value := view.value(other)) is not None]
@@ -315,6 +320,25 @@ def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surg
         else:
             raise _cannot_empty(node)
         name = node.outputs[0]
+
+
+def _normalised(anatomy: Anatomy, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """What the rest of the branch, from the tensor ``name`` on, makes of one row: the tensor that joins the residual, and its row."""
+    view = anatomy.view
+    tail = follow_tail(view, name)
+    shape = anatomy.profile.shape(name)
+    if tail is None or not shape or any(node.op in _RESHAPING for node in tail.nodes):
+        raise _cannot_empty(view.consumers[name][0][0])
+    known = {name: array.reshape([1] * (len(shape) - 1) + [-1])}
+    constants = [operand for node in tail.nodes for operand in node.inputs if view.is_constant(operand)]
+    needed = {node.index for node in tail.nodes} | view.ancestors(constants)
+    piece = cut_piece(view, sorted(needed), [tail.end], known)
+    assert piece.model is not None
+    (row,) = run(open_session(piece.model, optimize=False), known)
+    return tail.end, row.reshape(-1)
+
+
+_RESHAPING = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose".split())
 
 
 def _keeps_last_axis(anatomy: Anatomy, node: Node, width: int) -> bool:

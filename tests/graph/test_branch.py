@@ -12,7 +12,8 @@ from onnxprune.graph.branch import follow_branch
 from onnxprune.graph.model import load
 from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import open_session, run
-from tests.graph.net import WIDTH, Net
+from tests.graph.net import FFN, HEADS, WIDTH, Net
+from tests.graph.pruning import Comparison, anatomy_of, corner_cases
 
 Way = Callable[[Net, str], str]
 
@@ -85,4 +86,48 @@ def test_a_scale_that_varies_along_another_axis_is_no_branch() -> None:
     net = Net(seq=WIDTH)
     product = net("Mul", net("MatMul", "x", net.weight(WIDTH, WIDTH)), net.weight(WIDTH, 1))
     view = GraphView(load(net.done(net.add("x", product))))
+    assert follow_branch(view, view.nodes[0], WIDTH) is None
+
+
+def rms_norm(net: Net, x: str) -> str:
+    """Spelled out, as exporters below opset 23 do."""
+    mean = net("ReduceMean", net("Pow", x, net.constant(np.float32(2))), net.ints(-1), keepdims=1)
+    root = net("Reciprocal", net("Sqrt", net.add(mean, net.constant(np.float32(1e-6)))))
+    return str(net("Mul", net("Mul", x, root), net.weight(WIDTH)))
+
+
+def layer_norm(net: Net, x: str) -> str:
+    return str(net("LayerNormalization", x, net.weight(WIDTH), net.weight(WIDTH)))
+
+
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm])
+def test_a_branch_that_is_normalised_is_fitted_in_front_of_the_norm(norm: Way) -> None:
+    net = Net()
+    product = net.linear("x")
+    view = GraphView(load(net.done(net.add("x", norm(net, product)))))
+    branch = follow_branch(view, view.nodes[0], WIDTH)
+    assert branch is not None
+    assert branch.total == product
+    assert branch.bias is not None
+
+
+@pytest.mark.parametrize("norm", [rms_norm, layer_norm])
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_with_a_normalised_result_are_sites(norm: Way, bias: bool) -> None:
+    """Gemma 2 and 3 normalise what attention and FFN give before adding it; an empty block gives what the norm makes of its bias."""
+    net = Net()
+    x = net.add("x", norm(net, net.linear(net("Tanh", net.linear("x", WIDTH, FFN)), FFN, WIDTH, bias=bias)))
+    q, k, v = (net.heads(net.linear(x)) for _ in range(3))
+    x = net.add(x, norm(net, net.linear(net.attend(q, k, v), bias=bias)))
+    anatomy = anatomy_of(net.done(x))
+    assert {site.kind: site.units for site in anatomy.sites} == {"heads": HEADS, "ffn": FFN}
+    assert not anatomy.refusals
+    compare = Comparison(anatomy)
+    for kept in corner_cases(anatomy.sites):
+        compare.check(kept)
+
+
+def test_a_normalised_result_that_joins_nothing_is_no_branch() -> None:
+    net = Net()
+    view = GraphView(load(net.done(layer_norm(net, net.linear("x")))))
     assert follow_branch(view, view.nodes[0], WIDTH) is None

@@ -1,0 +1,76 @@
+"""The tail of a branch: what its last product passes, biases, scales and perhaps a normalisation, before it joins the residual stream."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from onnxprune.graph.view import GraphView, Node
+
+PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
+FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+_NORMS = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalization".split())
+_NORM_PARTS = frozenset("Pow ReduceMean Sqrt Reciprocal Sub".split())
+_ARITHMETIC = frozenset("Add Sum Mul Div".split())
+_LONGEST = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """``nodes`` lead from a product to ``end``, which ``join`` adds to the residual stream."""
+
+    nodes: tuple[Node, ...]
+    end: str
+    join: Node
+
+
+def follow_tail(view: GraphView, tensor: str) -> Tail | None:
+    """Everything that is computed from ``tensor`` and constants alone up to the one addition of another activation.
+
+    A normalisation may stand on the way, as one operator or spelled out (Gemma 2 and 3 normalise the result of every sublayer). None if
+    something else comes first, or a node reads the tensor for something else.
+    """
+    inside, nodes, exits = {tensor}, [], []
+    pending: list[int] = []
+    seen: set[int] = set()
+
+    def reach(name: str) -> bool:
+        readers = view.consumers.get(name, ())
+        if any(slot < 0 for _, slot in readers):
+            return False
+        for reader, _ in readers:
+            if reader.index not in seen:
+                seen.add(reader.index)
+                heapq.heappush(pending, reader.index)
+        return True
+
+    if not reach(tensor):
+        return None
+    while pending:
+        node = view.nodes[heapq.heappop(pending)]  # in topological order: what leads to a node has been seen before it
+        operands = node.inputs[:1] if node.op in PASSING else node.inputs  # a target shape is no value
+        foreign = [name for name in operands if name and name not in inside and not view.is_constant(name)]
+        if foreign or not _belongs(node):
+            exits.append(node)
+            continue
+        nodes.append(node)
+        inside.update(name for name in node.outputs if name)
+        if len(nodes) > _LONGEST or not all(reach(name) for name in node.outputs if name):
+            return None
+    if len(exits) != 1:
+        return None
+    (join,) = exits
+    ends = [name for name in join.inputs if name in inside]
+    activations = [name for name in join.inputs if name and name not in inside and not view.is_constant(name)]
+    if len(ends) != 1 or not activations or not (join.op in ("Add", "Sum") or join.op in FUSED_RESIDUAL):
+        return None
+    return Tail(tuple(nodes), ends[0], join)
+
+
+def _belongs(node: Node) -> bool:
+    return node.op in PASSING or node.op in _ARITHMETIC or is_norm(node)
+
+
+def is_norm(node: Node) -> bool:
+    """Whether a node is a normalisation or a piece of a spelled-out one."""
+    return node.op in _NORMS or node.op in _NORM_PARTS
