@@ -58,7 +58,7 @@ class RuntimeUnavailable(OnnxPruneError):
 class Refusal:
     """Why a site that looks prunable is left alone.
 
-    ``code`` is stable (``OP1xx`` heads, ``OP2xx`` FFN, ``OP4xx`` int8); ``hint`` says what a user can do about it.
+    ``code`` is stable (``OP1xx`` heads, ``OP2xx`` FFN, ``OP3xx`` channels, ``OP4xx`` int8); ``hint`` says what a user can do about it.
     """
 
     code: str

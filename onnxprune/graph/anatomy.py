@@ -2,7 +2,7 @@
 
 A ``heads`` site is a group whose units are batch axes of a product of two activations (scores, context), an ``ffn`` site one that lies
 between two weight matrices with a nonlinearity in between; both must end in a residual branch. What looks like a site and cannot be cut
-becomes a :class:`Refusal`.
+becomes a :class:`Refusal`. A ``channels`` site is a group of channels of convolutions (:mod:`onnxprune.graph.channels`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from onnxprune.errors import Refusal
 from onnxprune.graph.axes import Blocked, Group, Leaf, Tracer
 from onnxprune.graph.axis_links import Shapes, Tie
 from onnxprune.graph.axis_rules import NONLINEAR, links
+from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutional
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.tail import follow_tail
 from onnxprune.graph.view import GraphView, Node
 
-Kind = Literal["heads", "ffn"]
+Kind = Literal["heads", "ffn", "channels"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
 
@@ -47,7 +48,10 @@ class Consumer:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where units can be removed. ``order`` is its position in the graph; names are stable: ``layer.3.heads``."""
+    """A place where units can be removed. ``order`` is its position in the graph; names are stable: ``layer.3.heads``.
+
+    ``least`` units must stay: 0 where the graph can do without the branch.
+    """
 
     name: str
     kind: Kind
@@ -55,6 +59,7 @@ class Site:
     group: Group
     consumers: tuple[Consumer, ...]
     order: int
+    least: int = 0
 
     @cached_property
     def parameters_per_unit(self) -> float:
@@ -99,6 +104,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
     refusals: list[Refusal] = []
     seen: set[frozenset[tuple[int, int, int]]] = set()
     refused: set[int] = set()
+    channels, no_channels = channel_groups(view, profile, tracer)
     for tensor, axis, node in _seeds(view, profile):
         if (profile.shape(tensor) or ())[axis : axis + 1] == (1,) and _looks_like_ffn(view, tensor):
             refusals.append(_single("ffn", node))
@@ -118,9 +124,15 @@ def study(model: Model, profile: Profile) -> Anatomy:
         else:
             refusals.append(refusal)
             refused.update(node.index for node in group.nodes)
+    for group in channels:
+        weight = _foreign_weight(view, group)
+        if weight is None:
+            found.append(("channels", group, _consumers(view, profile, group)))
+        else:
+            refusals.append(Refusal("OP304", weight[0], weight[1], _FLOAT_FIRST))
     sites = _named(view, found)
     refusals += _uncovered_attention(view, tracer, sites, refused)
-    return Anatomy(model, view, profile, sites, tuple(dict.fromkeys(refusals)))
+    return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *no_channels])))
 
 
 def _seeds(view: GraphView, profile: Profile) -> Iterator[tuple[str, int, Node]]:
@@ -167,6 +179,8 @@ def _kind(view: GraphView, group: Group) -> Kind | None:
         return None  # a contraction of two activations: a query/key dimension, not a unit of its own
     if group.batched:
         return "heads"
+    if is_convolutional(group):
+        return None
     touches_scores = any(node.op in _ATTENTION_OPS or _is_activation_product(view, node) for node in group.nodes)
     nonlinear = any(node.op in NONLINEAR for node in group.nodes)
     return "ffn" if nonlinear and not touches_scores else None
@@ -191,20 +205,33 @@ def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]
     """Number the layers by the attentions of the graph, the refused ones too, so that a name does not depend on what was refused."""
     ordered = sorted(found, key=lambda item: min(consumer.leaf.node.index for consumer in item[2]))
     hearts = sorted(view.producer[context].index for node in view.nodes if (context := _attention_context(view, node)) is not None)
-    taken: set[tuple[int, Kind]] = set()
+    taken: set[str] = set()
     sites = []
     for order, (kind, group, consumers) in enumerate(ordered):
         place = min(consumer.leaf.node.index for consumer in consumers)
-        layer = max(sum(heart < place for heart in hearts) - 1, 0)
-        while (layer, kind) in taken:
-            layer += 1
-        taken.add((layer, kind))
-        site = Site(f"layer.{layer}.{kind}", kind, group.units, group, consumers, order)
+        number = _convolution(view, group) if kind == "channels" else max(sum(heart < place for heart in hearts) - 1, 0)
+        part = 0
+        while (name := _site_name(kind, number, part)) in taken:
+            number, part = (number, part + 1) if kind == "channels" else (number + 1, 0)
+        taken.add(name)
+        site = Site(name, kind, group.units, group, consumers, order, least=int(kind == "channels"))
         for leaf in group.leaves:
             array = view.value(leaf.tensor)
             site.leaf_shapes[leaf.node.index, leaf.slot] = array.shape if array is not None else (len(leaf.labels),)
         sites.append(site)
     return tuple(sites)
+
+
+def _site_name(kind: Kind, number: int, part: int) -> str:
+    """Parts of one convolution's channels that are cut apart from each other (a Split) are told by a letter."""
+    return f"layer.{number}.{kind}" if kind != "channels" else f"conv.{number}{chr(ord('a') + part) if part else ''}.{kind}"
+
+
+def _convolution(view: GraphView, group: Group) -> int:
+    """Number, among the convolutions of the graph, of the first one that makes the channels (that reads them, if none makes them)."""
+    numbers = {node.index: number for number, node in enumerate(node for node in view.nodes if node.op in CONVOLUTIONS)}
+    held = sorted((leaf.role != "produces", numbers[leaf.node.index]) for leaf in group.leaves if leaf.node.index in numbers)
+    return held[0][1]
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
@@ -214,6 +241,20 @@ def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Co
     where = node.name
     if group.units < 2:
         return _single(kind, node)
+    foreign = _foreign_weight(view, group)
+    if foreign is not None:
+        return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1], _FLOAT_FIRST)
+    if not all(follow_tail(view, consumer.output) for consumer in consumers):
+        hint = "it is usually the pooler or the classifier, a small share of the time; nothing to do"
+        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch", hint)
+    return None
+
+
+_FLOAT_FIRST = "prune the float model first and quantize afterwards"
+
+
+def _foreign_weight(view: GraphView, group: Group) -> tuple[str, str] | None:
+    """(node, reason) of the first constant of a group that is not a float initializer."""
     for leaf in group.leaves:
         array = view.value(leaf.tensor)
         if leaf.role == "rides" and (array is None or array.dtype.kind != "f") and array is not None:
@@ -221,15 +262,7 @@ def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Co
         if array is None or array.dtype.kind != "f":
             maker = view.producer.get(leaf.tensor)
             made = f"computed by {maker.op}" if maker else f"of type {array.dtype if array is not None else 'unknown'}"
-            return Refusal(
-                "OP104" if kind == "heads" else "OP204",
-                where,
-                f"its weight {leaf.tensor} is {made}, not a float initializer",
-                "prune the float model first and quantize afterwards",
-            )
-    if not all(follow_tail(view, consumer.output) for consumer in consumers):
-        hint = "it is usually the pooler or the classifier, a small share of the time; nothing to do"
-        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch", hint)
+            return leaf.node.name, f"its weight {leaf.tensor} is {made}, not a float initializer"
     return None
 
 

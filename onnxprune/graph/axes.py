@@ -305,7 +305,7 @@ class Tracer:
         return Group(len(used), places, tuple(leaves), nodes, state.batched, contracted)
 
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Conv", "Attention"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "Attention"})
 
 
 def _coarser(state: _State, block: np.ndarray) -> list[np.ndarray]:

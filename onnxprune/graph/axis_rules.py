@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.graph import attention_rules
+from onnxprune.graph import attention_rules, axis_rules_conv
 from onnxprune.graph.axis_links import RULES, Barrier, Link, Regroup, Shapes, Tie, rule
 from onnxprune.graph.view import Node
 
-assert attention_rules  # imported so that its rules are registered
+assert attention_rules  # imported so that their rules are registered
+assert axis_rules_conv
 
 
 def links(node: Node, shapes: Shapes) -> Sequence[Link] | None:

@@ -54,9 +54,11 @@ def _multiply(
     shape = [1] * rank
     shape[axis] = len(labels)
     surgeon.add("Reshape", [picked, surgeon.constant(np.array(shape, np.int64), mask)], shaped, mask)
-    surgeon.add("Mul", [surgeon.tensors[tensor], shaped], masked, mask)
     edit = surgeon.nodes[reader]
-    edit.inputs = [masked if item.name == tensor else item for item in edit.inputs]
+    slots = [slot for slot, name in enumerate(anatomy.view.nodes[reader].inputs) if name == tensor]
+    surgeon.add("Mul", [edit.inputs[slots[0]], shaped], masked, mask)  # masked already, if another site has a part of this axis
+    for slot in slots:
+        edit.inputs[slot] = masked
 
 
 def mask_feeds(sites: tuple[Site, ...], kept: Kept, dtype: np.dtype | type = np.float32) -> dict[str, np.ndarray]:

@@ -62,12 +62,15 @@ def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
 
 def _check(anatomy: Anatomy, kept: Kept) -> None:
     units = {site.name: site.units for site in anatomy.sites}
+    least = {site.name: site.least for site in anatomy.sites}
     for name, indices in kept.items():
         if name not in units:
             raise InputError(f"the model has no site {name!r}; it has {', '.join(units) or 'none'}")
         given = np.asarray(indices)
         if len(given) and (given.min() < 0 or given.max() >= units[name] or (np.diff(given) <= 0).any()):
             raise InputError(f"kept units of {name} must be ascending numbers from 0 to {units[name] - 1}, each once")
+        if len(given) < least[name]:
+            raise InputError(f"{name} must keep at least one unit: nothing can go through the layer without")
 
 
 class _Cut:
@@ -247,6 +250,17 @@ def _resize_packed_attention(patient: _Patient) -> None:
     patient.edit.attrs["num_heads"] = int(stays[: bounds[1]].reshape(heads, -1).any(axis=1).sum())
 
 
+def _resize_convolution(patient: _Patient) -> None:
+    groups = int(patient.node.attrs.get("group", 1))
+    if groups > 1:
+        patient.edit.attrs["group"] = patient.kept_heads(0, 1, groups)
+
+
+def _resize_sizes(patient: _Patient) -> None:
+    if len(patient.node.inputs) > 3 and patient.node.inputs[3] and "axes" not in patient.node.attrs:
+        _resize_target(patient, 3, align_right=False)
+
+
 def _resize_rotary(patient: _Patient) -> None:
     heads = patient.edit.attrs.get("num_heads", 0)
     if heads:
@@ -262,6 +276,9 @@ _RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
     ("", "Slice"): _resize_slice,
     ("", "Gather"): _resize_gather,
     ("", "Attention"): _resize_attention,
+    ("", "Conv"): _resize_convolution,
+    ("", "ConvTranspose"): _resize_convolution,
+    ("", "Resize"): _resize_sizes,
     ("", "RotaryEmbedding"): _resize_rotary,
     ("com.microsoft", "RotaryEmbedding"): _resize_rotary,
     ("com.microsoft", "MultiHeadAttention"): _resize_multi_head_attention,
@@ -317,6 +334,9 @@ def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surg
             array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
         elif _keeps_last_axis(anatomy, node, array.size):
             array = array.reshape(-1)
+        elif node.op == "Transpose" and array.ndim == 1:
+            order = node.attrs.get("perm") or list(reversed(range(len(anatomy.profile.shape(name) or ()))))
+            array = array.reshape([1] * (len(order) - 1) + [-1]).transpose(order)
         else:
             raise _cannot_empty(node)
         name = node.outputs[0]

@@ -82,8 +82,12 @@ def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarra
     return Study(given, anatomy, tuple(sites), rewrites, integers, refusals)
 
 
+_KINDS = {"1": "heads", "2": "ffn", "3": "channels"}
+"""Width passes by the first digit of their refusals."""
+
+
 def _concerns(refusal: Refusal, kinds: set[str]) -> bool:
-    return {"1": "heads", "2": "ffn"}.get(refusal.code[2], "") in kinds or refusal.code[2] not in "12"
+    return _KINDS.get(refusal.code[2], "") in kinds or refusal.code[2] not in _KINDS
 
 
 def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Refusal, ...]) -> str:

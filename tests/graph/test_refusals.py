@@ -135,9 +135,9 @@ def lenet() -> onnx.ModelProto:
     return model
 
 
-def test_a_convolutional_network_has_no_site_and_says_why() -> None:
+def test_a_convolutional_network_has_channels_and_says_why_it_has_no_ffn() -> None:
     anatomy = anatomy_of(lenet())
-    assert anatomy.sites == ()
+    assert {site.name: site.units for site in anatomy.sites} == {"conv.0.channels": 3}
     assert "OP202" in {refusal.code for refusal in anatomy.refusals}
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxprune.graph.autodiff import activation, elementwise, indexing, matmul, normalization, reduction, shape
+from onnxprune.graph.autodiff import activation, convolution, elementwise, indexing, matmul, normalization, reduction, shape
 from onnxprune.graph.autodiff.rules import RULES, MissingGradient, Tape
 from onnxprune.graph.emitter import FLOATS
 from onnxprune.graph.view import GraphView, Node
 
-FAMILIES = (activation, elementwise, indexing, matmul, normalization, reduction, shape)
+FAMILIES = (activation, convolution, elementwise, indexing, matmul, normalization, reduction, shape)
 """Modules whose import fills the table of rules."""
 
 _FLAT = frozenset({"Shape", "Size", "ConstantOfShape", "Floor", "Ceil", "Round", "Sign", "RandomNormalLike", "RandomUniformLike"})
