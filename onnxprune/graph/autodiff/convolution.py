@@ -228,7 +228,9 @@ def _copies(node: Node, factors: list[int]) -> bool:
         return True
     where = node.attrs.get("coordinate_transformation_mode", b"half_pixel")
     rounding = node.attrs.get("nearest_mode", b"round_prefer_floor")
-    return where in (b"half_pixel", b"pytorch_half_pixel") or (where == b"asymmetric" and (rounding == b"floor" or max(factors) == 2))
+    if where == b"asymmetric":
+        return bool(rounding == b"floor" or (max(factors) == 2 and rounding == b"round_prefer_floor"))
+    return where in (b"half_pixel", b"pytorch_half_pixel") and rounding in (b"round_prefer_floor", b"round_prefer_ceil")
 
 
 @rule("DepthToSpace")
