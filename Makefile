@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help demo test check lint types format bench clean
+.PHONY: help demo test check lint types format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,9 @@ types: $(VENV)/.dev ## mypy, strict, on the package
 format: $(VENV)/.dev ## mend what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## write the pages that are made from the code
+	$(BIN)/python -m docs.generate
 
 bench: $(VENV)/.dev ## accuracy of the dense benchmark models; see benchmarks/README.md for the other measurements
 	$(BIN)/python -m benchmarks.tasks

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from onnxprune.refusals import CODES
+
 
 class OnnxPruneError(Exception):
     """Base of every error a user can act on. ``exit_code`` is what the command line returns.
@@ -58,13 +60,22 @@ class RuntimeUnavailable(OnnxPruneError):
 class Refusal:
     """Why a site that looks prunable is left alone.
 
-    ``code`` is stable (``OP1xx`` heads, ``OP2xx`` FFN, ``OP3xx`` channels, ``OP4xx`` int8); ``hint`` says what a user can do about it.
+    ``code`` stands in :data:`onnxprune.refusals.CODES`; ``hint`` says what a user can do about it, by default the way out named there.
+
+    Raises:
+        ValueError: the code is not registered.
     """
 
     code: str
     site: str
     reason: str
-    hint: str
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise ValueError(f"refusal code {self.code!r} is not registered")
+        if not self.hint:
+            object.__setattr__(self, "hint", CODES[self.code].hint)
 
     def __str__(self) -> str:
         return f"{self.code} {self.site}: {self.reason}; {self.hint}"

@@ -16,7 +16,8 @@ _BASE = {"errors", "runtime", "graph", "calibration"}
 _DECIDE = _BASE | {"importance", "compensate", "quantize", "search", "passes"}
 
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
+    "refusals": set(),
+    "errors": {"refusals"},
     "runtime": {"errors"},
     "graph": {"errors", "runtime", "quantize"},
     "calibration": {"errors", "runtime", "graph", "quantize"},

@@ -129,7 +129,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
         if weight is None:
             found.append(("channels", group, _consumers(view, profile, group)))
         else:
-            refusals.append(Refusal("OP304", weight[0], weight[1], _FLOAT_FIRST))
+            refusals.append(Refusal("OP304", *weight))
     sites = _named(view, found)
     refusals += _uncovered_attention(view, tracer, sites, refused)
     return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *no_channels])))
@@ -243,14 +243,10 @@ def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Co
         return _single(kind, node)
     foreign = _foreign_weight(view, group)
     if foreign is not None:
-        return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1], _FLOAT_FIRST)
+        return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1])
     if not all(follow_tail(view, consumer.output) for consumer in consumers):
-        hint = "it is usually the pooler or the classifier, a small share of the time; nothing to do"
-        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch", hint)
+        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch")
     return None
-
-
-_FLOAT_FIRST = "prune the float model first and quantize afterwards"
 
 
 def _foreign_weight(view: GraphView, group: Group) -> tuple[str, str] | None:
@@ -270,10 +266,7 @@ def _refuse_blocked(view: GraphView, node: Node, tensor: str, blocked: Blocked) 
     """A blocked trace is worth a word only if it started inside something that looks like an FFN."""
     if blocked.normalises or not _looks_like_ffn(view, tensor):
         return None
-    return Refusal("OP201", node.name, f"{blocked.reason} (at {blocked.node or 'the graph boundary'})", _HINT)
-
-
-_HINT = "exclude it, or re-export the model without that operator between the two matrices"
+    return Refusal("OP201", node.name, f"{blocked.reason} (at {blocked.node or 'the graph boundary'})")
 
 
 def _looks_like_ffn(view: GraphView, tensor: str) -> bool:
@@ -314,15 +307,12 @@ def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...
         blocked = next((r for axis in range(1, len(shape)) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
         where = blocked and (blocked.node or "the graph boundary")
         reason = f"{blocked.reason} (at {where})" if blocked else "no projection with a constant weight reads its heads"
-        hint = "re-export with the plain attention of the framework, or without KV cache and attention-map outputs"
-        result.append(Refusal("OP101", maker.name, reason, hint))
+        result.append(Refusal("OP101", maker.name, reason))
     return result
 
 
 def _single(kind: Kind, node: Node) -> Refusal:
-    return Refusal(
-        "OP103" if kind == "heads" else "OP203", node.name, f"only one {_unit(kind)} is left", "nothing to choose from; leave it"
-    )
+    return Refusal("OP103" if kind == "heads" else "OP203", node.name, f"only one {_unit(kind)} is left")
 
 
 def _attention_context(view: GraphView, node: Node) -> str | None:

@@ -54,7 +54,7 @@ def channel_groups(view: GraphView, profile: Profile, tracer: Tracer) -> tuple[l
         refusal = _refuse_group(finest, node)
         for group in [finest] if refusal else _alike(_without(finest, taken)):
             if refusal or group.units < 2:
-                refused.append((use, refusal or Refusal("OP303", node.name, "only one channel, or one group of them, is left", _LEAVE)))
+                refused.append((use, refusal or Refusal("OP303", node.name, "only one channel, or one group of them, is left")))
             else:
                 groups.append(group)
             for leaf in group.leaves:
@@ -112,16 +112,10 @@ def _only(group: Group, wanted: np.ndarray) -> Group:
     return Group(int(wanted.sum()), places, leaves, nodes, group.batched, contracted)
 
 
-_LEAVE = "nothing to choose from; leave it"
-
-
 def _refuse_blocked(node: Node, blocked: Blocked) -> Refusal:
     where = f"{blocked.reason} (at {blocked.node or 'the graph boundary'})"
-    if blocked.normalises:
-        hint = "it is the width of the whole stream, which pruning cannot take back without training; nothing to do"
-    else:
-        hint = "channels at the model's boundary must stay; elsewhere, re-export the model without that operator"
-    return Refusal("OP301", node.name, where, hint)
+    hint = "it is the width of the whole stream, which pruning cannot take back without training; nothing to do"
+    return Refusal("OP301", node.name, where, hint if blocked.normalises else "")
 
 
 def _refuse_group(group: Group, node: Node) -> Refusal | None:
@@ -130,7 +124,7 @@ def _refuse_group(group: Group, node: Node) -> Refusal | None:
     if mixed is not None or group.batched:
         where = f" (at {mixed.name})" if mixed is not None else ""
         reason = f"two activations are multiplied along the channels{where}"
-        return Refusal("OP302", node.name, reason, "they are part of an attention; leave them")
+        return Refusal("OP302", node.name, reason)
     if not reading or not any(leaf.role == "produces" for leaf in group.leaves):
         return Refusal("OP301", node.name, "no constant weight makes and reads these channels", "nothing to cut there; leave it")
     return None

@@ -350,7 +350,7 @@ class _Search:
             if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
                 return True
         reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"
-        self._refuse(Refusal("OP402", "int8", reason, "allow a larger --max-drop"))
+        self._refuse(Refusal("OP402", "int8", reason))
         self.shipping = self.shipping.in_float()
         return False
 

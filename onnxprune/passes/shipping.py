@@ -137,5 +137,4 @@ def choose_shipping(
 def _not_faster(trials: tuple[Trial, ...]) -> Refusal:
     best = max(trials, key=lambda trial: trial.speedup, default=None)
     found = f"the best form tried ({best.scheme}) runs at {best.speedup:.2f}x of its speed" if best else "no product can be quantised"
-    hint = "deploy in float, or decide on the machine that will serve"
-    return Refusal("OP401", "int8", f"int8 is not faster than float here: {found}", hint)
+    return Refusal("OP401", "int8", f"int8 is not faster than float here: {found}")
