@@ -312,7 +312,7 @@ def _skip_norm(g: Emitter, node: Node) -> None:
     """Residual sum, then LayerNormalization (inputs x, skip, scale, shift, bias) or RMS (x, skip, scale, bias)."""
     simplified = node.op == "SkipSimplifiedLayerNormalization"
     _check(node, {"epsilon"}, inputs=4 if simplified else 5, outputs=4)
-    if any(node.outputs[1:3]):
+    if any(g.view.consumers.get(name) or name in g.view.graph_outputs for name in node.outputs[1:3]):
         raise CannotLower(node, "its mean or inverse deviation is used")
     bias = _input(node, 3 if simplified else 4)
     total_name = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3] else None

@@ -367,6 +367,11 @@ def placeholder(tensor: TensorProto, length: int) -> None:
     _point(tensor, _PLACEHOLDER, 0, length)
 
 
+def is_placeholder(tensor: TensorProto) -> bool:
+    """Whether the values of ``tensor`` live in :attr:`Model.weights`."""
+    return external_data_helper.uses_external_data(tensor) and _place(tensor).location == _PLACEHOLDER
+
+
 def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:
     """Turn ``tensor`` into a placeholder for external bytes (in place)."""
     for name in ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data"):

@@ -10,7 +10,8 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from onnxprune.graph.model import INLINE_BYTES, Model, placeholder
+from onnxprune.graph.model import INLINE_BYTES, Model, is_placeholder, placeholder
+from onnxprune.graph.view import bodies
 
 
 class Surgeon:
@@ -74,7 +75,24 @@ class Surgeon:
         del proto.metadata_props[:]
         proto.metadata_props.extend(before.metadata_props)
         _carry_graph(before.graph, proto.graph)
+        _lift_weights(proto.graph)
         return self.model.with_proto(proto, self.weights)
+
+
+def _lift_weights(graph: onnx.GraphProto) -> None:
+    """Weights that bodies of If, Loop and Scan read from outside, back to the outside: graphsurgeon copies them into every body."""
+    present = {tensor.name for tensor in graph.initializer}
+    pending = [body for node in graph.node for body in bodies(node)]
+    while pending:
+        body = pending.pop()
+        inner = [tensor for tensor in body.initializer if not is_placeholder(tensor)]
+        for tensor in body.initializer:
+            if is_placeholder(tensor) and tensor.name not in present:
+                graph.initializer.append(tensor)
+                present.add(tensor.name)
+        del body.initializer[:]
+        body.initializer.extend(inner)
+        pending += [below for node in body.node for below in bodies(node)]
 
 
 def _carry_graph(before: onnx.GraphProto, after: onnx.GraphProto) -> None:

@@ -116,15 +116,20 @@ class GraphView:
         return found
 
 
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """Subgraphs of a node (If, Loop, Scan)."""
+    graphs = [[attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs for attribute in node.attribute]
+    return [graph for group in graphs for graph in group]
+
+
 def captured(node: onnx.NodeProto) -> set[str]:
     """Outer tensors that the subgraphs of a node (If, Loop, Scan) read, at any depth."""
     names: set[str] = set()
-    for attribute in node.attribute:
-        for graph in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else list(attribute.graphs):
-            inner = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
-            inner.update(name for child in graph.node for name in child.output)
-            for child in graph.node:
-                names.update(name for name in child.input if name and name not in inner)
-                names.update(captured(child) - inner)
-            names.update(value.name for value in graph.output if value.name not in inner)
+    for graph in bodies(node):
+        inner = {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
+        inner.update(name for child in graph.node for name in child.output)
+        for child in graph.node:
+            names.update(name for name in child.input if name and name not in inner)
+            names.update(captured(child) - inner)
+        names.update(value.name for value in graph.output if value.name not in inner)
     return names

@@ -128,9 +128,35 @@ def open_session(
 def _payload(model: Any, weights: Mapping[str, np.ndarray] | None) -> tuple[bytes | str, Mapping[str, np.ndarray]]:
     if isinstance(model, bytes | str):
         return model, weights or {}
-    if hasattr(model, "weights"):
-        return model.proto.SerializeToString(), model.weights
-    return model.SerializeToString(), weights or {}
+    proto, shared = (model.proto, model.weights) if hasattr(model, "weights") else (model, weights or {})
+    inside = _read_in_bodies(proto.graph) & shared.keys()
+    if inside:  # onnxruntime looks for the values of these before it knows the shared ones
+        proto = _with_values(proto, {name: shared[name] for name in inside})
+        shared = {name: array for name, array in shared.items() if name not in inside}
+    return proto.SerializeToString(), shared
+
+
+def _read_in_bodies(graph: onnx.GraphProto, inside: bool = False) -> set[str]:
+    """Names that the bodies of a graph's If, Loop and Scan nodes read, at any depth."""
+    names: set[str] = set()
+    for node in graph.node:
+        names.update(node.input if inside else ())
+        for attribute in node.attribute:
+            for body in [attribute.g, *attribute.graphs]:
+                names |= _read_in_bodies(body, True) | {value.name for value in body.output}
+    return names
+
+
+def _with_values(proto: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """A copy that holds some of its initializers itself."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    for tensor in copy.graph.initializer:
+        if tensor.name in values:
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            tensor.raw_data = np.ascontiguousarray(values[tensor.name]).tobytes()
+    return copy
 
 
 def run(session: onnxruntime.InferenceSession, feeds: Feeds, outputs: Sequence[str] | None = None) -> list[np.ndarray]:

@@ -105,14 +105,12 @@ _TARGET_IDS = Input("decoder_input_ids", "ids", (BATCH, TARGET), VOCABULARY)
 _SEQUENCES = {"logits": {0: BATCH, 1: TARGET}}
 _BOTH_SIDES = {"heads": (HEADS,) * (3 * LAYERS), "ffn": (FFN,) * (2 * LAYERS)}
 _PLAIN = ("eager",)
-# Layers with the same weights are one place to prune.
-_SHARED = {"heads": (HEADS,), "ffn": (FFN,)}
 
 ENTRIES = (
     Architecture("bert", "encoder", _bert, (IDS, MASK, TYPES), {"logits": {0: BATCH}}),
     Architecture("distilbert", "encoder", _distilbert, (IDS, MASK), {"logits": {0: BATCH}}),
     Architecture("roberta", "encoder", _roberta, (IDS, MASK), {"logits": TOKEN_AXES}, pad=1),
-    Architecture("albert", "encoder", _albert, (IDS, MASK, TYPES), _STATES, _SHARED),
+    Architecture("albert", "encoder", _albert, (IDS, MASK, TYPES), _STATES),
     Architecture("electra", "encoder", _electra, (IDS, MASK, TYPES), {"logits": {0: BATCH}}),
     Architecture("mpnet", "encoder", _mpnet, (IDS, MASK), _STATES, pad=1, forms=_PLAIN),
     Architecture("deberta-v2", "encoder", _deberta, (IDS, MASK), _STATES, forms=_PLAIN),

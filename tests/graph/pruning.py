@@ -29,12 +29,14 @@ class Comparison:
     def __init__(self, anatomy: Anatomy, feeds: Mapping[str, np.ndarray] | None = None) -> None:
         self.anatomy = anatomy
         self.feeds = {name: feeds[name] for name in anatomy.model.input_names} if feeds else synthetic_feeds(anatomy.model)
+        self.checks = _passes_checker(anatomy.model)
         self.masked = open_session(masked_model(anatomy), optimize=False)
 
     def check(self, kept: Kept, *, optimize: bool = False) -> Model:
         """Slice, and assert that the slice is valid and computes what the mask says."""
         sliced = slice_model(self.anatomy, kept)
-        onnx.checker.check_model(sliced.to_proto(), full_check=False)
+        if self.checks:
+            onnx.checker.check_model(sliced.to_proto(), full_check=False)
         expected = run(self.masked, {**self.feeds, **mask_feeds(self.anatomy.sites, kept)})
         actual = run(open_session(sliced, optimize=optimize), self.feeds)
         for name, want, got in zip(sliced.output_names, expected, actual, strict=True):
@@ -43,6 +45,17 @@ class Comparison:
             assert np.isfinite(got).all(), name
             assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max(), (name, {site: len(units) for site, units in kept.items()})
         return sliced
+
+
+def _passes_checker(model: Model) -> bool:
+    """The checker refuses operators that only onnxruntime knows in the domain of ONNX, which its own fusions write."""
+    try:
+        onnx.checker.check_model(model.to_proto(), full_check=False)
+    except onnx.checker.ValidationError as error:
+        if "No Op registered" not in str(error):
+            raise
+        return False
+    return True
 
 
 def random_kept(sites: tuple[Site, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
