@@ -20,6 +20,7 @@ from onnxprune.calibration.stream import stream
 from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.explain import explain
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of
@@ -303,6 +304,7 @@ def inspect(
     calib: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     time: bool = False,
+    why: str | None = None,
     provider: str = "cpu",
     threads: int = 1,
 ) -> dict[str, Any]:
@@ -312,6 +314,7 @@ def inspect(
         calib: real inputs, for a model that does not run on made-up ones.
         input_shapes: the request that multiply-adds are counted for.
         time: also measure what each site costs in milliseconds, as a search would.
+        why: a refusal code, a site, a node or a tensor, or a part of such a name: the answers are under ``why``.
     """
     given = load(model)
     check_float(given)
@@ -346,6 +349,7 @@ def inspect(
         "macs": total,
         "sites": sites,
         "refusals": [refusal.as_dict() for refusal in anatomy.refusals],
+        **({"why": [answer.as_dict() for answer in explain(anatomy, why, given)]} if why is not None else {}),
     }
 
 

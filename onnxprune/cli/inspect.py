@@ -15,13 +15,17 @@ from onnxprune.cli.options import Command, calib_option, examples, json_option, 
     epilog=examples(
         "onnxprune inspect model.onnx",
         "onnxprune inspect model.onnx --time              # and what each costs in milliseconds here",
-        "onnxprune inspect model.onnx --why layer.3       # sites and refusals of one layer, in full",
+        "onnxprune inspect model.onnx --why layer.3       # the sites of one layer in full: what is cut, who reads it, what is tied to it",
+        "onnxprune inspect model.onnx --why /head/MatMul  # why this node is part of no site",
         "onnxprune inspect model.onnx --input-shape input_ids:1x384 --json",
     ),
 )
 @model_argument
 @option(
-    "--why", heading="What to prune", metavar="NAME", help="Only sites and refusals whose name, node or code holds NAME, with every detail."
+    "--why",
+    heading="What to prune",
+    metavar="NAME",
+    help="Explain a refusal code, a site, a node or a tensor, or all that a part of a name finds: what is cut there, or why nothing is.",
 )
 @option("--time", heading="What to prune", is_flag=True, help="Also measure the share of time of each site, as a search would (seconds).")
 @calib_option
@@ -37,6 +41,6 @@ def inspect(
     from onnxprune.report.tables import inspect_tables, why_tables
 
     screen = Screen(as_json, verbose, quiet)
-    found = run(model, calib=calib, input_shapes=dict(input_shapes), time=time)
-    screen.print(*(inspect_tables(found) if why is None else why_tables(found, why)))
+    found = run(model, calib=calib, input_shapes=dict(input_shapes), time=time, why=why)
+    screen.print(*(inspect_tables(found) if why is None else why_tables(found)))
     screen.result(found)

@@ -117,8 +117,8 @@ def study(model: Model, profile: Profile) -> Anatomy:
         if kind is None or group is None or group.key() in seen:
             continue
         seen.add(group.key())
-        consumers = _consumers(view, profile, group)
-        refusal = _refuse_group(view, kind, group, consumers, node)
+        consumers = consumers_of(view, profile, group)
+        refusal = refuse_group(view, kind, group, consumers, node)
         if refusal is None:
             found.append((kind, group, consumers))
         else:
@@ -127,7 +127,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
     for group in channels:
         weight = _foreign_weight(view, group)
         if weight is None:
-            found.append(("channels", group, _consumers(view, profile, group)))
+            found.append(("channels", group, consumers_of(view, profile, group)))
         else:
             refusals.append(Refusal("OP304", *weight))
     sites = _named(view, found)
@@ -166,11 +166,11 @@ def _contractions(view: GraphView, profile: Profile, node: Node) -> Iterator[tup
 
 def _best(view: GraphView, results: Sequence[Group | Blocked]) -> tuple[Kind | None, Group | None]:
     """The group of a seed that cuts the most constants: key/value heads with their queries rather than one query head of every group."""
-    kinds = [(_kind(view, result), result) for result in results if isinstance(result, Group)]
+    kinds = [(kind_of(view, result), result) for result in results if isinstance(result, Group)]
     return max(((kind, group) for kind, group in kinds if kind), key=lambda item: len(item[1].leaves), default=(None, None))
 
 
-def _kind(view: GraphView, group: Group) -> Kind | None:
+def kind_of(view: GraphView, group: Group) -> Kind | None:
     roles = {leaf.role for leaf in group.leaves}
     if not {"produces", "consumes"} <= roles or group.units < 1:
         return None
@@ -190,7 +190,7 @@ def _is_activation_product(view: GraphView, node: Node) -> bool:
     return node.op == "MatMul" and not any(view.is_constant(name) for name in node.inputs)
 
 
-def _consumers(view: GraphView, profile: Profile, group: Group) -> tuple[Consumer, ...]:
+def consumers_of(view: GraphView, profile: Profile, group: Group) -> tuple[Consumer, ...]:
     result = []
     for leaf in group.leaves:
         if leaf.role != "consumes":
@@ -237,7 +237,7 @@ def _convolution(view: GraphView, group: Group) -> int:
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node) -> Refusal | None:
+def refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node) -> Refusal | None:
     where = node.name
     if group.units < 2:
         return _single(kind, node)

@@ -25,6 +25,8 @@ _TONES = {"good": "bold green", "warn": "bold yellow", "bad": "bold red", "plain
 _BAR = 24
 _ROWS = 40
 """Sites beyond this many are summed up."""
+_LABEL = 36
+"""Columns of a name beside what is said about it."""
 _SENSITIVE = 5
 """So many groups of products are named; the report shows all."""
 
@@ -282,26 +284,32 @@ def inspect_tables(found: Record) -> list[RenderableType]:
     return parts
 
 
-def why_tables(found: Record, name: str) -> list[RenderableType]:
-    """Every detail of the sites and refusals that ``name`` is part of."""
-    wanted = name.lower()
-    parts: list[RenderableType] = [
-        _pairs([(key.replace("_", " "), percent(value) if key.endswith("_share") else str(value)) for key, value in site.items()])
-        for site in found["sites"]
-        if wanted in f"{site['site']} {site['reads']}".lower()
-    ]
-    parts += [
-        Group(
-            Text(f"{refusal['code']} {refusal['site']}", "bold yellow"),
-            _pairs([("why", refusal["reason"]), ("what to do", refusal["hint"])]),
-        )
-        for refusal in found["refusals"]
-        if wanted in f"{refusal['code']} {refusal['site']}".lower()
-    ]
-    if parts:
-        return parts
-    names = ", ".join(site["site"] for site in found["sites"][:4]) or "none"
-    return [Text(f"no site and no refusal holds {name!r}; sites are named like {names}", "yellow")]
+def why_tables(found: Record) -> list[RenderableType]:
+    """The answers to ``inspect --why``, and what the sites among them weigh."""
+    weights = {site["site"]: site for site in found["sites"]}
+    parts: list[RenderableType] = []
+    for answer in found["why"]:
+        rows = list(answer["details"])
+        if answer["about"] == "site":
+            site = weights[answer["name"]]
+            clock = [("latency", f"{milliseconds(site['ms'])}, {percent(site['time_share'])} of all time")] if "ms" in site else []
+            macs = f"{count(site['macs'])}, {percent(site['macs_share'])} of all"
+            rows = [("parameters", count(site["parameters"])), ("MACs", macs), *clock, *rows]
+        head = Text.assemble((answer["name"], "bold cyan"), f"  {answer['summary']}")
+        parts.append(Group(head, _labelled(rows)) if rows else head)
+    return parts
+
+
+def _labelled(rows: Sequence[tuple[str, str]]) -> Table:
+    """Pairs of which a run under one label shows it once."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", max_width=_LABEL, overflow="fold")
+    table.add_column(overflow="fold")
+    last = ""
+    for label, text in rows:
+        table.add_row(Text("" if label == last else label), Text(text))
+        last = label
+    return table
 
 
 def pass_facts(item: Pass) -> dict[str, Any]:

@@ -247,7 +247,10 @@ def test_inspect_why_shows_only_what_matches(folder: Path) -> None:
     found = run("inspect", "model.onnx", "--why", "layer.1").stdout
     assert "layer.1.heads" in found
     assert "layer.0" not in found
-    assert "no site and no refusal holds 'elephant'" in run("inspect", "model.onnx", "--why", "elephant").stdout
+    assert "of all" in found
+    assert "no code, site, node or tensor of this model holds 'elephant'" in run("inspect", "model.onnx", "--why", "elephant").stdout
+    answers = json.loads(run("inspect", "model.onnx", "--why", "OP201", "--json").stdout)["why"]
+    assert [(answer["about"], answer["name"]) for answer in answers] == [("code", "OP201")]
 
 
 def test_verify_compares_and_can_fail(folder: Path) -> None:
