@@ -19,6 +19,7 @@ from onnxprune.calibration.source import load_calibration
 from onnxprune.calibration.stream import stream
 from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.anatomy import study
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.explain import explain
 from onnxprune.graph.macs import count_macs
@@ -442,7 +443,7 @@ def _qualities(models: Mapping[str, Model], data: CalibrationData, options: Runt
 
 
 def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
-    run(open_session(result, chosen.runtime), decision.request)
+    run(open_session(result, chosen.runtime), cut_feeds(result, decision.request))
     rows = decision.held_back.take(slice(0, _FIDELITY_ROWS))
     kept = {site: np.array(units, np.int64) for site, units in decision.plan.kept.items()}
     fidelity = masked_equals_sliced(decision.study.anatomy, kept, rows, chosen.runtime, decision.objective.output)
@@ -535,9 +536,9 @@ def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> F
 
 def _save(result: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
     """Write the model, then open the file in onnxruntime as a user will, and compare."""
-    expected = run(open_session(result, chosen.runtime), decision.request)
+    expected = run(open_session(result, chosen.runtime), cut_feeds(result, decision.request))
     written = result.save(target, external_data)
-    found = run(open_session(str(written), chosen.runtime), decision.request)
+    found = run(open_session(str(written), chosen.runtime), cut_feeds(result, decision.request))
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape or not np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
             written.unlink()

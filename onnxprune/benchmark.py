@@ -13,6 +13,7 @@ import numpy as np
 from onnx import helper
 
 from onnxprune.errors import InputError, OnnxPruneError
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.macs import total_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import shapes_of
@@ -129,7 +130,7 @@ def benchmark(
 
 
 def feeds_of(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of ``feeds`` that a variant takes.
+    """Those of ``feeds`` that a variant takes; caches without the heads it lost.
 
     Raises:
         InputError: it wants an input that is not there, or one of another type.
@@ -146,8 +147,8 @@ def feeds_of(name: str, model: Model, feeds: Mapping[str, np.ndarray]) -> dict[s
                 f"variant {name!r} takes input {value.name!r} as {wanted}, the benchmark input is {found}; "
                 "only models with the same input types can run in turns on one request"
             )
-        chosen[value.name] = np.ascontiguousarray(feeds[value.name])
-    return chosen
+        chosen[value.name] = feeds[value.name]
+    return {name: np.ascontiguousarray(array) for name, array in cut_feeds(model, chosen).items()}
 
 
 def _call(session: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:

@@ -71,6 +71,10 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             "already_met": decision.already_met,
         },
         "sites": summary(decision.study.sites, decision.plan),
+        "caches": [
+            {"input": name, "output": cut.output, "axis": cut.axis, "units": cut.of, "kept": len(cut.kept)}
+            for name, cut in decision.plan.caches.items()
+        ],
         "compensation": [asdict(fit) for fit in decision.fits],
         "search": list(decision.trail),
         "finishing": [part.as_dict() for part in decision.shipping.parts],

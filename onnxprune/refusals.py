@@ -24,8 +24,8 @@ class Code:
 
 
 _BOUNDARY = (
-    "They reach a graph input or output (KV cache, attention maps), an operator without a rule, or the body of a loop. The message names "
-    "the operator and the place."
+    "They reach a graph input or output that is no cache (attention maps), an operator without a rule, or the body of a loop. The message "
+    "names the operator and the place."
 )
 _QUANTIZED = "A constant that would have to be cut is stored as integers or made by other operators, so there is no float matrix to cut."
 _FLOAT_FIRST = "prune the float model first and quantize afterwards"
@@ -42,8 +42,8 @@ CODES: dict[str, Code] = {
             "OP101",
             "heads cannot be followed",
             f"An attention whose heads could not be followed from the scores to a projection with a constant weight. {_BOUNDARY}",
-            "the axis reaches the graph output present.0.key (at /h.0/attn/Transpose_2)",
-            "re-export with the plain attention of the framework, or without KV cache and attention-map outputs",
+            "the axis reaches the graph output attentions.0 (at /h.0/attn/Softmax)",
+            "re-export with the plain attention of the framework, or without attention-map outputs",
         ),
         Code(
             "OP102",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from onnxprune.calibration.data import Batch
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.cutting import Frontier, cut_piece
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView
@@ -23,7 +24,7 @@ class Prefix:
         self.options = options
         self.view = GraphView(model)
         self.frontier = Frontier(self.view)
-        self.known: list[dict[str, np.ndarray]] = [dict(batch.feeds) for batch in batches]
+        self.known: list[dict[str, np.ndarray]] = [cut_feeds(model, batch.feeds) for batch in batches]
         self._inputs = frozenset(model.input_names)
 
     def replace(self, model: Model) -> None:

@@ -15,7 +15,9 @@ from onnxprune.calibration.checks import InputSpec, check_chunk, check_rows, fix
 from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
 from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError
+from onnxprune.graph.caches import cache_pairs
 from onnxprune.graph.model import Model
+from onnxprune.graph.view import GraphView
 
 __all__ = ["Batch", "CalibrationData", "load_calibration"]
 
@@ -50,7 +52,8 @@ def load_calibration(
     Args:
         source: path of an ``.npz`` (keys are input names, axis 0 = samples, optional ``labels``); a directory of such shards; a dict of
             arrays; an object with ``get_next()``; an iterable of feed dicts (batches, or single samples without axis 0);
-            ``"file.py:function"``, whose function returns any of these; or ``"random"`` for made-up data.
+            ``"file.py:function"``, whose function returns any of these; or ``"random"`` for made-up data. Caches of earlier tokens that are
+            left out are empty.
         samples: number of rows to use. From one file or dict a random choice by ``seed``; from a stream the first ones.
         input_shapes: with ``"random"``, shapes by input name (axis 0 = batch, ignored) for dynamic dimensions.
 
@@ -66,10 +69,11 @@ def load_calibration(
         chunks, origin, whole = _random(specs, samples or RANDOM_ROWS, seed, input_shapes or {}), "random", False
     else:
         chunks, origin, whole = _open(source)
+    caches = frozenset(cache_pairs(GraphView(model)))
     collected: list[dict[str, np.ndarray]] = []
     rows = 0
     for where, arrays in chunks:
-        chunk = check_chunk(arrays, specs, where, rows)
+        chunk = check_chunk({**_empty_caches(arrays, specs, caches), **arrays}, specs, where, rows)
         collected.append(chunk)
         rows += len(chunk[next(iter(specs))])
         if samples is not None and rows >= samples and not whole:
@@ -156,6 +160,18 @@ def _call_user_function(text: str) -> Any:
         return target()
     except (Exception, SystemExit) as error:  # anything the user's function does wrong
         raise InputError(f"{text} failed: {type(error).__name__}: {error}") from error
+
+
+def _empty_caches(arrays: Mapping[str, Any], specs: Mapping[str, InputSpec], caches: frozenset[str]) -> dict[str, np.ndarray]:
+    """Keys and values of no earlier token, for caches that the data leaves out: every row starts a text."""
+    given = {name: np.shape(arrays[name]) for name in specs if name in arrays}
+    single = all(len(shape) == len(specs[name].dims) - 1 for name, shape in given.items())
+    rows = [] if single else [max((shape[0] for shape in given.values() if shape), default=0)]
+    return {
+        name: np.zeros((*rows, *(dim if isinstance(dim, int) else 0 for dim in specs[name].dims[1:])), specs[name].dtype)
+        for name in specs
+        if name in caches and name not in arrays and any(not isinstance(dim, int) for dim in specs[name].dims[1:])
+    }
 
 
 def _random(specs: Mapping[str, InputSpec], rows: int, seed: int, shapes: Mapping[str, Sequence[int]]) -> Chunks:

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxprune.calibration.data import Batch, CalibrationData
 from onnxprune.errors import InputError
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.model import Model
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
 
@@ -32,7 +33,7 @@ def stream(
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
     """Yield ``(batch, outputs by name)`` for all rows of ``data``, in one session.
 
-    Batches are trimmed to their longest row and come in order of length; ``batch.index`` says which rows they are.
+    A model that lost heads of its cache gets the caches of ``data`` without them. Batches are trimmed to their longest row and come in order of length; ``batch.index`` says which rows they are.
 
     Args:
         outputs: names of graph outputs to fetch, None for all.
@@ -51,7 +52,7 @@ def stream(
     done = 0
     while done < len(order):
         batch = data.batch(order[done : done + size], trim=True)
-        feeds = {**batch.feeds, **(extra(batch) if extra else {})}
+        feeds = {**cut_feeds(model, batch.feeds), **(extra(batch) if extra else {})}
         try:
             values = run(session, feeds, names)
         except (InputError, MemoryError) as error:

@@ -18,6 +18,7 @@ import numpy as np
 
 from onnxprune.graph.axis_links import Barrier, Link, Regroup, Shapes, Tie
 from onnxprune.graph.axis_rules import MEASURES, links
+from onnxprune.graph.caches import cache_pairs
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.view import GraphView, Node
 
@@ -120,6 +121,9 @@ class Tracer:
     def __init__(self, view: GraphView, profile: Profile) -> None:
         self.view, self.profile = view, profile
         self._links: dict[int, Sequence[Link] | None] = {}
+        # A cache may shrink with its heads: what comes in and what goes out are one thing. Other inputs and outputs are promises.
+        self.caches = cache_pairs(view)
+        self._open = {*self.caches, *self.caches.values()}
 
     def trace(self, tensor: str, axis: int) -> list[Group | Blocked]:
         """All groups whose units are sets of positions of ``tensor`` along ``axis``; a :class:`Blocked` for each way that fails."""
@@ -156,10 +160,13 @@ class Tracer:
 
     def _touching(self, name: str) -> Iterator[tuple[Node, int]]:
         producer = self.view.producer.get(name)
-        if producer is None:
+        if producer is not None:
+            yield producer, -1 - producer.outputs.index(name)
+        if name in self._open:
+            pass
+        elif producer is None:
             raise _Stop(Blocked("", "", f"the axis reaches the graph input {name}"))
-        yield producer, -1 - producer.outputs.index(name)
-        if name in self.view.graph_outputs:
+        elif name in self.view.graph_outputs:
             raise _Stop(Blocked(producer.name, producer.op, f"the axis reaches the graph output {name}"))
         for node, slot in self.view.consumers.get(name, ()):
             if slot < 0:
@@ -295,6 +302,7 @@ class Tracer:
         number = np.full(len(state.parent) + 1, -1)
         number[used] = np.arange(len(used))
         places = {key: number[state.canon(place.labels)] for key, place in state.places.items()}
+        self._check_caches(places)
         leaves = []
         for (index, slot, axis), place in sorted(state.leaves.items()):
             assert place.node is not None
@@ -303,6 +311,16 @@ class Tracer:
         nodes = tuple(node for _, node in sorted(state.nodes.items()))
         contracted = tuple(node for _, node in sorted(state.contracted.items()))
         return Group(len(used), places, tuple(leaves), nodes, state.batched, contracted)
+
+    def _check_caches(self, places: dict[tuple[str, int], np.ndarray]) -> None:
+        """What leaves a cache must leave it on both sides, along an axis that always has the same size."""
+        for source, output in self.caches.items():
+            axes = {axis for name, axis in places if name in (source, output)}
+            for axis in axes:
+                read, made = places.get((source, axis)), places.get((output, axis))
+                if read is None or made is None or not np.array_equal(read, made) or self.profile.dim(source, axis) is None:
+                    maker = self.view.producer[output]
+                    raise _Stop(Blocked(maker.name, maker.op, f"the axis reaches the cache {source}, but not as one of its heads"))
 
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "Attention"})

@@ -18,6 +18,7 @@ from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.attention_rules import packed_sizes
 from onnxprune.graph.axis_links import Shapes
 from onnxprune.graph.axis_rules import slice_ranges
+from onnxprune.graph.caches import CacheCut, cache_pairs, record_cuts
 from onnxprune.graph.cutting import cut_piece
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
@@ -57,7 +58,23 @@ def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
     for site in cut:
         if len(kept[site.name]) == 0:
             _silence(anatomy, site, surgeon)
-    return surgeon.close()
+    return record_cuts(surgeon.close(), _cache_cuts(anatomy, plan))
+
+
+def _cache_cuts(anatomy: Anatomy, plan: _Cut) -> dict[str, CacheCut]:
+    """Caches that lose heads. One is cut along one axis only, as only heads reach it."""
+    cuts = {}
+    for source, output in cache_pairs(anatomy.view).items():
+        for (name, axis), stays in plan.tensors.items():
+            if name == source and not stays.all():
+                cuts[source] = CacheCut(output, axis, len(stays), tuple(np.flatnonzero(stays).tolist()))
+    return cuts
+
+
+def cuts_of(anatomy: Anatomy, kept: Kept) -> dict[str, CacheCut]:
+    """What a decision does to the caches of a model, by input name; caches that keep everything are left out."""
+    cut = [site for site in anatomy.sites if site.name in kept and len(kept[site.name]) < site.units]
+    return _cache_cuts(anatomy, _Cut(anatomy, cut, kept))
 
 
 def _check(anatomy: Anatomy, kept: Kept) -> None:
@@ -79,10 +96,13 @@ class _Cut:
     def __init__(self, anatomy: Anatomy, sites: list[Site], kept: Kept) -> None:
         self.tensors: dict[tuple[str, int], np.ndarray] = {}
         self.constants: dict[tuple[int, int, int], np.ndarray] = {}
+        caches = frozenset(cache_pairs(anatomy.view))
         for site in sites:
             alive = np.zeros(site.units + 1, bool)  # the last entry answers for label -1: not of this group, stays
             alive[-1] = True
             alive[np.asarray(kept[site.name], np.int64)] = True
+            if not len(kept[site.name]) and any(name in caches for name, _ in site.group.places):
+                alive[0] = True  # nobody reads its keys and values any more, but a cache without heads is one that few can allocate
             for place, labels in site.group.places.items():
                 self._and(self.tensors, place, alive[labels])
             for leaf in site.group.leaves:

@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxprune.calibration.activations import summarise
 from onnxprune.calibration.data import CalibrationData
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.integer import int8_products
 from onnxprune.graph.model import Model
 from onnxprune.graph.tables import int8_tables
@@ -189,7 +190,8 @@ def _static_trials(model: Model, rewrites: Sequence[str], rows: CalibrationData,
 
 def timed(model: Model, feeds: Feeds, options: RuntimeOptions) -> Callable[[], object]:
     """A call that runs the model once, over several sessions in turn where they are small."""
-    return in_turn([partial(run, open_session(model, options), feeds) for _ in range(replicas(model.weight_bytes))])
+    fed = cut_feeds(model, feeds)
+    return in_turn([partial(run, open_session(model, options), fed) for _ in range(replicas(model.weight_bytes))])
 
 
 def _without_integers(rewrites: Sequence[str]) -> tuple[str, ...]:

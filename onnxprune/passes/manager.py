@@ -20,6 +20,7 @@ from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.profile import shapes_of
+from onnxprune.graph.slicing import cuts_of
 from onnxprune.passes.base import exact
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
@@ -418,6 +419,7 @@ class _Search:
             recipe={**recipe_dict(self.bench.recipe), "loss": settings.loss, "calibration_sha256": self.calibration.sha256},
             objective={"output": self.objective.output, "link": self.objective.link, "why": self.objective.why},
             refusals=self.refusals,
+            caches=cuts_of(self.study.anatomy, student.kept),
             int8=self.shipping.final_form(student),
             example={name: tuple(shape) for name, shape in self.example.items()},
             changes=student.changes,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView, Node
@@ -67,7 +68,7 @@ def _grams(model: Model, tensors: Sequence[str], rows: CalibrationData, options:
     session = open_session(with_outputs(model, list(tensors), keep=False), options)
     sums: dict[str, np.ndarray] = {}
     for batch in rows.batches(_BATCH, trim=True):
-        for tensor, value in zip(tensors, run(session, batch.feeds, tensors), strict=True):
+        for tensor, value in zip(tensors, run(session, cut_feeds(model, batch.feeds), tensors), strict=True):
             x = value.reshape(-1, value.shape[-1])
             x = x[batch.real_rows(len(x))]
             gram = (x.T @ x).astype(np.float64)

@@ -12,6 +12,7 @@ from onnxprune.calibration.statistics import Statistics
 from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Consumer, Site
 from onnxprune.graph.autodiff import Tap, gradient_model
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept
@@ -48,10 +49,10 @@ def mask_gradients(
         if len(kept[site.name])
         for position, consumer in enumerate(_distinct(site))
     ]
-    samples = dict(targets.batches[0].feeds)
+    samples = cut_feeds(student, targets.batches[0].feeds)
     session = open_session(gradient_model(student, taps, objective.tensor, objective.link, samples=samples), options)
     for number, batch in enumerate(targets.batches):
-        values = run(session, {**batch.feeds, **targets.feeds(number, draw)}, [GRAD + tap.name for tap in taps])
+        values = run(session, {**cut_feeds(student, batch.feeds), **targets.feeds(number, draw)}, [GRAD + tap.name for tap in taps])
         found: dict[str, np.ndarray] = {}
         for tap, value in zip(taps, values, strict=True):
             name = tap.name.rsplit("#", 1)[0]
@@ -89,7 +90,7 @@ def gram_matrices(
     session = open_session(with_outputs(student, tensors, keep=False), options)
     sums: dict[str, np.ndarray] = {}
     for batch in batches:
-        for site, value in zip(alive, run(session, batch.feeds, tensors), strict=True):
+        for site, value in zip(alive, run(session, cut_feeds(student, batch.feeds), tensors), strict=True):
             x = np.moveaxis(value, site.consumers[0].axis, -1)
             x = x.reshape(-1, x.shape[-1])
             x = x[batch.real_rows(len(x))]

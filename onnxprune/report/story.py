@@ -228,6 +228,9 @@ def kept(record: Record) -> str:
         if sites:
             stay, units = sum(site["kept"] for site in sites), sum(site["units"] for site in sites)
             words.append(f"{f'{stay:,} of' if stay < units else 'all'} {units:,} {unit} kept")
+    if caches := record.get("caches"):
+        fewer = ", ".join(f"{cache['input']} {cache['kept']} of {cache['units']}" for cache in caches[:_NAMED])
+        words.append(f"caches hold fewer heads: {fewer}{f' and {len(caches) - _NAMED} more' if len(caches) > _NAMED else ''}")
     if (found := integers(record)) is not None:
         which = f"{found.count:,} of" if found.count < found.total else "all"
         words.append(f"{which} {found.total:,} products compute in int8 ({found.scheme})")

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from onnxprune.graph.anatomy import Anatomy, Kind, Site
+from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.canonical import with_fresh_shapes
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model
@@ -191,4 +192,4 @@ def _features(
 
 def _caller(model: Model, feeds: Feeds, options: RuntimeOptions) -> Callable[[], object]:
     sessions = [open_session(model, options) for _ in range(replicas(model.weight_bytes))]
-    return in_turn([partial(run, session, feeds) for session in sessions])
+    return in_turn([partial(run, session, cut_feeds(model, feeds)) for session in sessions])

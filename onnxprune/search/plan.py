@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
+from onnxprune.graph.caches import CacheCut
 from onnxprune.graph.model import atomic_file
 from onnxprune.quantize.form import Int8Form
 
@@ -27,9 +28,10 @@ class Plan:
     """A pruning decision.
 
     ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow, in order;
-    ``int8`` what computes in integers, and how (None: nothing does); ``example`` the shapes of inputs the model is known to run on;
-    ``changes`` the compensated constants by (node name, input slot). These and the smoothing factors and
-    rounded weights of ``int8`` are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash in it.
+    ``caches`` the inputs for keys and values of a decoder that lose heads; ``int8`` what computes in integers, and how (None: nothing
+    does); ``example`` the shapes of inputs the model is known to run on; ``changes`` the compensated constants by (node name, input slot).
+    These and the smoothing factors and rounded weights of ``int8`` are stored beside the JSON file as ``<name>.weights.npz`` and covered by
+    a hash in it.
     """
 
     version: str
@@ -43,6 +45,7 @@ class Plan:
     recipe: Mapping[str, Any]
     objective: Mapping[str, Any]
     refusals: tuple[Refusal, ...]
+    caches: Mapping[str, CacheCut] = field(default_factory=dict)
     int8: Int8Form | None = None
     example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
@@ -70,6 +73,7 @@ class Plan:
         content["refusals"] = [refusal.as_dict() for refusal in self.refusals]
         content["kept"] = {site: list(units) for site, units in self.kept.items()}
         content["example"] = {name: list(shape) for name, shape in self.example.items()}
+        content["caches"] = {name: asdict(cut) for name, cut in self.caches.items()}
         content["int8"] = None if self.int8 is None else self.int8.as_dict()
         return {"schema": SCHEMA, **content, "compensation_sha256": digest(self.arrays)}
 
@@ -155,6 +159,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "kept": {site: tuple(int(unit) for unit in units) for site, units in content["kept"].items()},
                 "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
                 "example": {name: tuple(int(size) for size in shape) for name, shape in content["example"].items()},
+                "caches": {name: CacheCut.from_dict(cut) for name, cut in content.get("caches", {}).items()},
                 "int8": Int8Form.from_dict(content["int8"], factors, integers) if content["int8"] is not None else None,
                 "changes": constants,
             }

@@ -35,20 +35,6 @@ def test_attention_maps_as_outputs_block_the_heads() -> None:
     assert "attention-map" in refusal.hint
 
 
-def test_a_key_value_cache_blocks_the_heads() -> None:
-    net = Net()
-    past = [net.input(name, ["batch", HEADS, "past", DEPTH]) for name in ("past_key", "past_value")]
-    q, *fresh = (net.heads(net.linear("x")) for _ in range(3))
-    k, v = (net("Concat", old, new, axis=2) for old, new in zip(past, fresh, strict=True))
-    model = net.done(net.add("x", net.linear(net.attend(q, k, v))), k, v, **{k: [], v: []})
-    for output in model.graph.output[1:]:
-        output.type.tensor_type.ClearField("shape")
-    refusal = only(anatomy_of(model))
-    assert refusal.code == "OP101"
-    assert "graph input past_" in refusal.reason or "graph output" in refusal.reason
-    assert "KV cache" in refusal.hint
-
-
 def quantized_linear(net: Net, x: str, inputs: int, outputs: int) -> str:
     weight = net.constant(net.rng.integers(-127, 128, (inputs, outputs)).astype(np.int8))
     return str(net("MatMul", x, net("DequantizeLinear", weight, net.constant(np.float32(0.01)))))
