@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "refusals": set(),
     "errors": {"refusals"},
     "runtime": {"errors"},
-    "graph": {"errors", "runtime", "quantize"},
+    "graph": {"errors", "refusals", "runtime", "quantize"},
     "calibration": {"errors", "runtime", "graph", "quantize"},
     "importance": {"errors"},
     "compensate": {"errors"},
