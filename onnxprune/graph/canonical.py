@@ -85,9 +85,14 @@ def _inlined(model: Model) -> Model:
     return model.with_proto(inliner.inline_local_functions(model.proto))
 
 
+_WEIGHTS_ARE_NO_INPUTS = 4
+"""The first IR version in which an initializer need not be an input as well."""
+
+
 def _named(model: Model) -> Model:
-    """Every node with a unique name: refusals, metadata and plans refer to them."""
+    """Every node with a unique name: refusals, metadata and plans refer to them. An IR version in which weights need not be inputs."""
     proto = model.copy_proto()
+    proto.ir_version = max(proto.ir_version, _WEIGHTS_ARE_NO_INPUTS)
     seen: set[str] = set()
     for index, node in enumerate(proto.graph.node):
         if not node.name or node.name in seen:

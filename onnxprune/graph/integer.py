@@ -244,8 +244,12 @@ class _Splice:
         # protobuf frees a message as a whole, so that a node taken from this one would keep its weights in memory.
         skeleton = part.copy_proto().graph
         kept = {products[0].inputs[0], *(node.outputs[0] for node in products), ""}
+        weights = {tensor.name: self._shared(tensor.name) for tensor in skeleton.initializer}
+        # What is computed is computed in every group, also from a weight that another group reads too.
+        computed = {name for made in skeleton.node for name in made.output} | {_product(node) for node in products}
+        names = {name: name for name in kept} | weights | {name: _free(name, self.taken) for name in sorted(computed - kept)}
         for tensor in skeleton.initializer:
-            name = self._tensor(tensor.name, kept)
+            name = names[tensor.name]
             if name not in self.initializers:
                 if tensor.name in part.weights:
                     self.weights[name] = part.weights[tensor.name]
@@ -257,8 +261,8 @@ class _Splice:
             self.node_names.discard(node.name)
         placed = self.nodes[products[0].index]
         for made in skeleton.node:
-            made.input[:] = [self._tensor(name, kept) for name in made.input]
-            made.output[:] = [self._tensor(name, kept) for name in made.output]
+            made.input[:] = [names[name] for name in made.input]
+            made.output[:] = [names[name] for name in made.output]
             if made.op_type == "MatMulInteger":
                 made.name = made.name.removesuffix("_quant")
             if made.op_type in ("MatMul", "MatMulInteger"):
@@ -269,13 +273,11 @@ class _Splice:
         for node in products:
             if _has_bias(node):
                 name = self._node_name(node.name + "_bias")
-                operands = [self._tensor(_product(node), kept), node.inputs[2]]
+                operands = [names[_product(node)], node.inputs[2]]
                 self.nodes[node.index].append(helper.make_node(self.bias_op, operands, [node.outputs[0]], name))
 
-    def _tensor(self, name: str, kept: set[str]) -> str:
-        """A name for a new tensor that nobody has; the same for the same weight in every group."""
-        if name in kept:
-            return name
+    def _shared(self, name: str) -> str:
+        """A name for a new initializer that nobody has; the same for the same weight in every group."""
         if name not in self.renamed:
             self.renamed[name] = _free(name, self.taken)
         return self.renamed[name]

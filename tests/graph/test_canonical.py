@@ -71,6 +71,16 @@ def test_nodes_get_unique_names_and_keep_those_they_have() -> None:
     assert all(names)
 
 
+def test_an_old_file_that_declares_its_weights_as_inputs_becomes_one_that_does_not() -> None:
+    net = Net()
+    model = net.done(net.add("x", net.ffn("x")))
+    model.ir_version = 3
+    model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in model.graph.initializer)
+    canonical, _ = canonicalise(load(model))
+    assert canonical.input_names == ("x",)
+    onnx.checker.check_model(canonical.to_proto(), full_check=True)
+
+
 def test_a_graph_that_does_not_run_is_an_input_error() -> None:
     net = Net()
     picked = net("Gather", net.weight(3, WIDTH), net.constant(np.array([5])), axis=0)

@@ -256,13 +256,16 @@ def test_static_ranges_are_used_to_the_last_bit(low: float) -> None:
     assert [quantised.initializer(name) for name in node.inputs[1:]] == [scale, zero_point]
 
 
-def test_a_weight_read_twice_is_quantised_once() -> None:
+@pytest.mark.parametrize(("scheme", "per_channel"), FORMS)
+def test_a_weight_with_two_inputs_is_quantised_once(scheme: str, per_channel: bool) -> None:
     net = Net()
     weight = net.weight(WIDTH, WIDTH)
     model = Model.from_proto(net.done(net("MatMul", net("Relu", net("MatMul", "x", weight)), weight)))
-    quantised = to_int8(model, form_of(model, "dynamic", True))
+    quantised = to_int8(model, form_of(model, scheme, per_channel, [small_feeds()]))
     assert sum(tensor.data_type == TensorProto.INT8 for tensor in quantised.proto.graph.initializer) == 2, "values and zero points"
     assert weight not in quantised.initializer_names
+    onnx.checker.check_model(quantised.to_proto(), full_check=True)
+    assert max(errors(quantised, model, [small_feeds()])) < TOLERANCE
 
 
 def test_a_float_weight_somebody_else_reads_stays() -> None:
