@@ -36,6 +36,8 @@ def _attention(node: Node, s: Shapes) -> list[Link]:
         if len(mask) >= 3 and mask[-3] == heads > 1:
             first = np.searchsorted(key_head, np.arange(heads) // (heads // kv_heads))
             result.append(Tie(3, len(mask) - 3, 1, axis, np.arange(heads), first, batch=True))
+        if len(mask) >= 2 and not flat and mask[-2] == s.of(0)[2] != 1:
+            result.append(Tie(3, len(mask) - 2, -1, 2))
     if not flat:
         result += [Tie(0, 3, 1, 3, contracts=True), Tie(2, 3, -1, 3), Tie(0, 2, -1, 2), Tie(1, 2, 2, 2, contracts=True)]
     return result

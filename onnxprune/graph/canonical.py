@@ -1,7 +1,8 @@
 """Clean-up that makes one form out of what exporters write, so that later rooms see few.
 
 Constants become initializers, no-ops and dead nodes go, shape arithmetic folds, Reshape targets become constants (with 0 for a copied and
--1 for the one dynamic dimension) wherever two profile runs agree. Numerics are untouched: nothing is fused, no weight changes its value.
+-1 for the one dynamic dimension) wherever two profile runs agree, and rows that no output reads are not computed. Numerics are untouched:
+nothing is fused, no weight changes its value.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from onnxprune.errors import InputError
 from onnxprune.graph.lowering import CannotLower, lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
+from onnxprune.graph.rows import demanded_rows
 from onnxprune.graph.surgery import Surgeon
 from onnxprune.graph.view import GraphView, Node
 
 log = logging.getLogger(__name__)
 
 
-def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None) -> tuple[Model, Profile]:
+def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None, *, all_rows: bool = False) -> tuple[Model, Profile]:
     """Canonical form of a model, and its profile.
 
     Args:
         samples: real inputs, used when made-up ones do not run.
+        all_rows: also compute rows that no output reads, as the model was given.
 
     Raises:
         InputError: the model cannot be read or run.
@@ -42,7 +45,11 @@ def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None) 
         model = _expanded_caches(model)
         profile = take_profile(model, samples)
     model = _constant_targets(model, profile)
-    return model, take_profile(model, samples)
+    profile = take_profile(model, samples)
+    if all_rows:
+        return model, profile
+    model, smaller = demanded_rows(model, profile)
+    return model, take_profile(model, samples) if smaller else profile
 
 
 _FUSED_RESIDUALS = frozenset({("com.microsoft", "SkipLayerNormalization"), ("com.microsoft", "SkipSimplifiedLayerNormalization")})

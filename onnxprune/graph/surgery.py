@@ -32,7 +32,7 @@ class Surgeon:
     def constant(self, array: np.ndarray, like: str) -> gs.Constant:
         """A new initializer named after ``like``. Large arrays stay outside the graph."""
         name = self.name(like)
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
         if array.nbytes <= INLINE_BYTES:
             tensor = gs.Constant(name, array)
         else:

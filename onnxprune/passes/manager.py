@@ -18,7 +18,9 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import Objective, Targets, check_labels_of, check_loss, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.anatomy import Site
+from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.instrument import with_outputs
+from onnxprune.graph.macs import count_macs
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import cuts_of
 from onnxprune.passes.base import exact
@@ -245,6 +247,8 @@ class _Search:
         in_float = self.shipping.in_float()
         if unit != "ms":
             table = counted_costs(self.study.anatomy, self.bench.sites, unit, self.request)
+            if unit == "macs":
+                return Tables(table, table), self._given_macs()
             if unit == "bytes" and exact(self.shipping.steps) != self.shipping.steps:
                 return Tables(table, shipped_bytes(table, self.bench.sites, self.shipping.probe)), table.full
             return Tables(table, table), table.full
@@ -254,6 +258,11 @@ class _Search:
         integers, again = self._timed(self.shipping, "cost table of int8")
         # Two measurements of one file: the second table is put on the scale of the first.
         return Tables(table, integers.scaled(given / again)), given
+
+    def _given_macs(self) -> float:
+        """Multiply-adds of the file as given, rows that no output reads included."""
+        model, _ = canonicalise(self.study.given, dict(self.bench.batches[0].feeds), all_rows=True)
+        return float(sum(count_macs(model, shapes_of(model, self.request)).values()))
 
     def _timed(self, shipping: Shipping, what: str) -> tuple[CostTable, float]:
         return measured_costs(

@@ -162,6 +162,8 @@ def _accumulate(
         seen += len(batch)
         real = batch.real_rows(len(x))
         weight = row_weight(batch) if row_weight else None
+        if weight is not None and weight.size != len(x):
+            weight = None  # of this sublayer only the rows that the output reads are computed
         for sums, chosen in ((fitted, real & ~judge), (held, real & judge)):
             if chosen.any():
                 sums.add(x[chosen], error[chosen], None if weight is None else weight[chosen])
