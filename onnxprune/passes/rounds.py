@@ -221,7 +221,8 @@ def cut(bench: Workbench, kept: Kept) -> Student:
 
 
 def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
-    shape = bench.anatomy.profile.shape(bench.sites[-1].consumers[0].tensor)
+    # Of the last site only the rows that the output reads may be computed; the first one has them all.
+    shape = bench.anatomy.profile.shape(bench.sites[0].consumers[0].tensor)
 
     def weigh(batch: Batch) -> np.ndarray | None:
         if batch.token_mask is not None:

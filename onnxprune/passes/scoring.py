@@ -84,11 +84,12 @@ def _distinct(site: Site):  # type: ignore[no-untyped-def]
 def gram_matrices(
     student: Model, sites: Sequence[Site], kept: Kept, batches: Sequence[Batch], options: RuntimeOptions
 ) -> dict[str, np.ndarray]:
-    """X'X of what the consumer of each site reads, over real tokens: site -> float64 [kept positions, kept positions]."""
+    """Mean of x'x over the real tokens x [1, kept positions] that the consumer of each site reads: site -> float64 square matrix."""
     alive = [site for site in sites if len(kept[site.name])]
     tensors = [site.consumers[0].tensor for site in alive]
     session = open_session(with_outputs(student, tensors, keep=False), options)
     sums: dict[str, np.ndarray] = {}
+    rows = dict.fromkeys((site.name for site in alive), 0)
     for batch in batches:
         for site, value in zip(alive, run(session, cut_feeds(student, batch.feeds), tensors), strict=True):
             x = np.moveaxis(value, site.consumers[0].axis, -1)
@@ -96,7 +97,8 @@ def gram_matrices(
             x = x[batch.real_rows(len(x))]
             gram = (x.T @ x).astype(np.float64)
             sums[site.name] = sums[site.name] + gram if site.name in sums else gram
-    return sums
+            rows[site.name] += len(x)
+    return {name: gram / max(rows[name], 1) for name, gram in sums.items()}
 
 
 def local_scores(

@@ -35,7 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> 
         seen.append(list(runs))
         return Timings({name: np.full(9, milliseconds[name]) for name in runs}, "thread", None)
 
-    monkeypatch.setattr(int8, "tailor", lambda model, scheme, *_: scheme)
+    monkeypatch.setattr(int8, "tailor", lambda model, scheme, *_, smoothed=(): scheme)
     monkeypatch.setattr(int8, "finish", lambda model, rewrites, form=None: form or tuple(rewrites))
     monkeypatch.setattr(int8, "_static_trials", lambda *_: {scheme: scheme for scheme in (MINMAX, PERCENTILE, ENTROPY, MSE)})
     monkeypatch.setattr(int8, "timed", lambda *_: None)
@@ -78,6 +78,15 @@ def test_of_nearly_equal_speeds_the_least_error_wins(
     assert [trial.scheme for trial in trials] == [CHANNELS, TENSOR, MSE]
     assert [trial.speedup for trial in trials] == pytest.approx([100 / milliseconds[str(trial.scheme)] for trial in trials])
     assert [trial.divergence for trial in trials] == list(errors)
+
+
+def test_a_dynamic_scheme_is_judged_by_what_smoothing_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, times())
+    monkeypatch.setattr(int8, "tailor", lambda model, scheme, *_, smoothed=(): "smoothed" if smoothed and scheme == CHANNELS else scheme)
+    errors = {CHANNELS: 4.0, "smoothed": 1.0, TENSOR: 9.0}
+    scheme, trials = chosen(lambda built: errors.get(built, 2.0))
+    assert scheme == CHANNELS
+    assert trials[0].divergence == 1.0
 
 
 def test_nothing_is_chosen_where_float_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_an_impossible_target_names_the_least_that_can_be_had(option: str, words
 def test_a_target_that_is_met_already_prunes_nothing() -> None:
     decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_macs="100%"))
     assert decision.already_met
-    assert decision.predicted == decision.finished_cost == decision.given_cost
+    assert decision.predicted == decision.finished_cost < decision.given_cost, "the last block computes one row"
     assert set(decision.plan.removed.values()) == {0}
     assert decision.plan.changes == {}
     assert decision.trail == ()

@@ -98,7 +98,11 @@ def test_block_fisher_swaps_units_and_keeps_counts() -> None:
     table = counted(bench, BERT, "macs")
     rng = np.random.default_rng(0)
     dense = dense_student(bench.anatomy, bench.sites)
-    gradients = {site.name: rng.standard_normal((20, site.units)) + rng.standard_normal((20, 1)) for site in bench.sites}
+    # Units worth what they cost, so that every site loses some and keeps some.
+    worth = {site.name: float(table.curves[site.name][1]) ** 0.5 for site in bench.sites}
+    gradients = {
+        site.name: worth[site.name] * (rng.standard_normal((20, site.units)) + rng.standard_normal((20, 1))) for site in bench.sites
+    }
     saliency = {site: np.square(values).mean(axis=0) for site, values in gradients.items()}
     budget = table.fixed + 0.5 * (table.full - table.fixed)
     plain = choose(bench, dense, Scores(saliency), table, budget)

@@ -105,7 +105,7 @@ def test_a_table_adds_up() -> None:
 @pytest.mark.parametrize("kinds", [("heads", "ffn"), ("ffn",)])
 def test_an_affine_machine_is_recovered(monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]) -> None:
     """Fixed time, time per unit and time per block that is there at all are found from the few graphs that are timed."""
-    anatomy, feeds = real("bert-sdpa-do18")
+    anatomy, feeds = real("minilm-sdpa-do18")
     sites = [site for site in anatomy.sites if site.kind in kinds]
     per_unit, per_block, fixed = {"heads": 0.3, "ffn": 0.01}, {"heads": 0.2, "ffn": 0.0}, 1.5
 
