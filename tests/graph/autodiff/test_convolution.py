@@ -49,7 +49,7 @@ def mask_gradient(model: onnx.ModelProto, x: np.ndarray, tensor: str, output: st
 
 
 def compare(model: onnx.ModelProto, function: Any, sides: tuple[int, int] = (9, 7), channels: int = 4) -> None:
-    x = RNG.standard_normal((2, channels, *sides)).astype(np.float32)
+    x = RNG.standard_normal((3, channels, *sides)).astype(np.float32)
     leaf = torch.from_numpy(x).requires_grad_()
     y = function(leaf)
     target = RNG.standard_normal(y.shape).astype(np.float32)
