@@ -18,13 +18,14 @@ class Branch:
 
     ``total`` is the tensor after the residual addition (in front of the normalisation, if the branch has one), ``gain`` the product of the
     scales on the way (LayerScale, alpha), ``bias`` the (node index, slot) of the first bias on the way that is as wide as the product,
-    ``bias_gain`` the scales before it.
+    ``bias_gain`` the scales before it. ``order`` is the permutation of axes on the way, None if there is none.
     """
 
     total: str
     gain: np.ndarray
     bias: tuple[int, int] | None
     bias_gain: np.ndarray
+    order: tuple[int, ...] | None = None
 
 
 def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
@@ -37,6 +38,7 @@ def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
     bias_gain = gain
     if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2] and node.attrs.get("beta", 1.0) == 1.0:
         bias = (node.index, 2)
+    order: tuple[int, ...] | None = None
     tensor = node.outputs[0]
     for _ in range(12):
         readers = view.consumers.get(tensor, [])
@@ -48,18 +50,20 @@ def follow_branch(view: GraphView, node: Node, width: int) -> Branch | None:
         others = [(position, name) for position, name in enumerate(reader.inputs) if name and position != slot]
         if reader.op in ("Add", "Sum"):
             if any(not view.is_constant(name) for _, name in others):
-                return Branch(reader.outputs[0], gain, bias, bias_gain)
-            constant = view.value(others[0][1]) if len(others) == 1 else None
+                return Branch(reader.outputs[0], gain, bias, bias_gain, order)
+            constant = view.value(others[0][1]) if len(others) == 1 and order is None else None
             if constant is None:
                 return None
             if bias is None and constant.size == width and constant.shape[-1] == width:
                 bias, bias_gain = (reader.index, others[0][0]), gain
+        elif reader.op == "Transpose" and "perm" in reader.attrs and order is None:
+            order = tuple(reader.attrs["perm"])
         elif reader.op == "Mul" or (reader.op == "Div" and slot == 0):
             constant = view.value(others[0][1])
-            if constant is None or not (constant.size == 1 or constant.shape[-1] == constant.size == width):
+            if constant is None or order is not None or not (constant.size == 1 or constant.shape[-1] == constant.size == width):
                 return None
             gain = gain * constant.reshape(-1) if reader.op == "Mul" else gain / constant.reshape(-1)
-        elif reader.op not in _PASSING:
+        elif reader.op not in _PASSING or order is not None:
             return None
         tensor = reader.outputs[0]
     return None

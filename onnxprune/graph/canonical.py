@@ -2,7 +2,7 @@
 
 Constants become initializers, no-ops and dead nodes go, shape arithmetic folds, Reshape targets become constants (with 0 for a copied and
 -1 for the one dynamic dimension) wherever two profile runs agree, and rows that no output reads are not computed. Numerics are untouched:
-nothing is fused, no weight changes its value.
+nothing is fused and no weight changes its value, but for a batch norm folded into the convolution in front of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, inliner
 
 from onnxprune.errors import InputError
+from onnxprune.graph.batch_norm import fold_batch_norms
 from onnxprune.graph.lowering import CannotLower, lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
@@ -38,7 +39,7 @@ def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None, 
     """
     model = _named(_inlined(model))
     model = _optimised(model)
-    model = _unfused(_fold_weights(model))
+    model = fold_batch_norms(_unfused(_fold_weights(model)))
     try:
         profile = take_profile(model, samples)
     except InputError:

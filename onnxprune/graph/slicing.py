@@ -77,6 +77,12 @@ def cuts_of(anatomy: Anatomy, kept: Kept) -> dict[str, CacheCut]:
     return _cache_cuts(anatomy, _Cut(anatomy, cut, kept))
 
 
+def kept_positions(anatomy: Anatomy, kept: Kept) -> dict[tuple[str, int], np.ndarray]:
+    """Which positions stay, bool, by (activation, axis); axes that are not cut are left out."""
+    cut = [site for site in anatomy.sites if site.name in kept and len(kept[site.name]) < site.units]
+    return {place: stays for place, stays in _Cut(anatomy, cut, kept).tensors.items() if not stays.all()}
+
+
 def _check(anatomy: Anatomy, kept: Kept) -> None:
     units = {site.name: site.units for site in anatomy.sites}
     least = {site.name: site.least for site in anatomy.sites}

@@ -7,7 +7,7 @@ each model runs through its graph exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,21 +19,26 @@ from onnxprune.calibration.prefix import Prefix
 from onnxprune.compensate.ridge import Fit, HeldRows, NormalEquations
 from onnxprune.compensate.scale import solve_scales
 from onnxprune.graph.anatomy import Anatomy, Consumer, Site
-from onnxprune.graph.branch import Branch, follow_branch
 from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.model import Model
-from onnxprune.graph.view import GraphView
+from onnxprune.graph.profile import shapes_of
+from onnxprune.graph.slicing import Kept, kept_positions
+from onnxprune.graph.view import GraphView, Node
+from onnxprune.passes.readers import Constants, Patches, Reader, reader_of
+from onnxprune.passes.scoring import student_labels
 from onnxprune.runtime.session import RuntimeOptions
 
 Method = Literal["refit", "scale"]
 Changes = dict[tuple[str, int], np.ndarray]
 """New constants by (node name, input slot): all that a re-fit does to a graph."""
-_NewConstants = dict[tuple[int, int], np.ndarray]
 
 RIDGE = 1e-2
 """Ridge relative to the mean diagonal of the Gram matrix; the value that held up in every published and measured setting we know."""
 
-_DEAD_GAIN = 1e-6
+_ROWS_PER_INPUT = 12
+"""Places are drawn from images until a convolution has this many rows for each of its inputs."""
+
+_ACTIVATION_BYTES = 1 << 30
 
 _CHECK_EVERY = 16
 """One calibration row in this many does not enter the fit but judges it."""
@@ -51,11 +56,11 @@ class SiteFit:
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
+    """``stays`` are the positions of the target's channels that the student keeps, None if it keeps all."""
+
     site: Site
-    consumer: Consumer
-    branch: Branch
-    node: int
-    """index of the consumer's node in the student"""
+    reader: Reader
+    stays: np.ndarray | None
 
 
 def refit(
@@ -64,6 +69,7 @@ def refit(
     batches: Sequence[Batch],
     options: RuntimeOptions,
     *,
+    kept: Kept | None = None,
     row_weight: Callable[[Batch], np.ndarray | None] | None = None,
     method: Method = "refit",
     progress: Callable[[int, int], None] | None = None,
@@ -72,6 +78,7 @@ def refit(
 
     Args:
         batches: calibration batches; rows and tokens that are not valid are left out of the sums.
+        kept: units that ``student`` keeps; channels are re-fitted only if it names some.
         method: ``refit`` solves for the weights and the bias, ``scale`` for one factor per unit.
         row_weight: weights [rows * tokens] of a batch for its flattened rows; None weighs all alike.
         progress: called with (sublayers done, sublayers in all).
@@ -80,7 +87,8 @@ def refit(
         The re-fitted student, the constants that changed by (node name, input slot), and what happened at each site. A fit that does not
         lower the error on held-back rows is not applied.
     """
-    stages, skipped = _stages(anatomy, student)
+    stages, skipped = _stages(anatomy, student, kept or {})
+    batches = _affordable(student, stages, batches)
     teacher_run = Prefix(anatomy.model, batches, options)
     student_run = Prefix(student, batches, options)
     reports = list(skipped)
@@ -100,32 +108,56 @@ def refit(
     return student, changes, tuple(reports)
 
 
-def _stages(anatomy: Anatomy, student: Model) -> tuple[list[_Stage], list[SiteFit]]:
+def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage], list[SiteFit]]:
+    """Readers to fit, in the order in which their targets are computed, and the sites that have none."""
     view = GraphView(student)
-    index_of = {node.name: node.index for node in view.nodes}
-    stages, skipped = [], []
+    node_of = {node.name: node for node in view.nodes}
+    positions = kept_positions(anatomy, kept)
+    channels = any(site.kind == "channels" and len(kept.get(site.name, ())) < site.units for site in anatomy.sites if site.name in kept)
+    stages: dict[tuple[int, int], _Stage] = {}
+    skipped = []
     for site in sorted(anatomy.sites, key=lambda site: site.order):
-        consumer = site.consumers[0]
-        node = consumer.leaf.node
-        weight = anatomy.view.value(consumer.leaf.tensor)
-        reason = ""
-        branch = None
-        if len(site.consumers) > 1:
-            reason = "several matrices read this axis"
-        elif node.name not in index_of:
-            reason = "nothing is left to fit"
-        elif weight is None or weight.ndim != 2 or consumer.axis != len(anatomy.profile.shape(consumer.tensor) or ()) - 1:
-            reason = "its consumer is not a plain matrix product"
-        elif not leads_with_samples(anatomy, consumer.tensor):
-            reason = "its first axis is not the batch, so padding cannot be told apart"
-        else:
-            branch = follow_branch(view, view.nodes[index_of[node.name]], weight.shape[1 - consumer.leaf.axis])
-            reason = "" if branch else "the way to the residual stream is not linear"
-        if branch is None:
-            skipped.append(SiteFit(site.name, False, 1.0, reason))
-        else:
-            stages.append(_Stage(site, consumer, branch, index_of[node.name]))
-    return stages, skipped
+        if site.kind == "channels" and not channels:
+            continue
+        for consumer in site.consumers:
+            found = _reader(anatomy, site, consumer, view, node_of, kept)
+            if isinstance(found, str):
+                skipped.append(SiteFit(site.name, False, 1.0, found))
+            else:
+                cut = None if found.channels is None else positions.get((found.target, found.channels))
+                stages.setdefault((found.node.index, found.slot), _Stage(site, found, None if cut is None else np.flatnonzero(cut)))
+            if site.kind != "channels":
+                break
+    return sorted(stages.values(), key=lambda stage: view.producer[stage.reader.target].index), skipped
+
+
+def _reader(
+    anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept
+) -> Reader | str:
+    node = node_of.get(consumer.leaf.node.name)
+    if len(site.consumers) > 1 and site.kind != "channels":
+        return "several matrices read this axis"
+    if node is None:
+        return "nothing is left to fit"
+    if not leads_with_samples(anatomy, consumer.tensor):
+        return "its first axis is not the batch, so padding cannot be told apart"
+    weight = view.value(node.inputs[consumer.leaf.slot])
+    if weight is None:
+        return "its consumer is not a plain matrix product"
+    if site.kind == "channels":
+        labels = student_labels(site, kept, consumer, anatomy.sites)
+    else:  # every unit has equally many positions, in order
+        labels = np.arange(weight.shape[consumer.leaf.axis]) // (len(consumer.labels) // site.units)
+    rank = len(anatomy.profile.shape(consumer.tensor) or ())
+    return reader_of(view, consumer, node, rank, labels, chain=site.kind == "channels")
+
+
+def _affordable(student: Model, stages: Sequence[_Stage], batches: Sequence[Batch]) -> Sequence[Batch]:
+    """As many batches as let the activations between two layers of images fit in memory: places are drawn anyway."""
+    if not any(isinstance(stage.reader, Patches) for stage in stages):
+        return batches
+    largest = max(int(np.prod(shape)) for shape in shapes_of(student, batches[0].feeds).values())
+    return batches[: max(1, _ACTIVATION_BYTES // (2 * 4 * largest))]
 
 
 def leads_with_samples(anatomy: Anatomy, tensor: str) -> bool:
@@ -143,18 +175,17 @@ def _accumulate(
     row_weight: Callable[[Batch], np.ndarray | None] | None,
 ) -> tuple[NormalEquations, HeldRows]:
     """Sums for the fit, and the rows kept out of it to judge it."""
-    total = stage.branch.total
+    reader = stage.reader
     fitted: NormalEquations | None = None
     held = HeldRows()
-    gain = np.asarray(stage.branch.gain, np.float64)
-    dead = np.abs(gain) <= _DEAD_GAIN * np.abs(gain).max(initial=1e-30)
-    inverse_gain = np.where(dead, 0.0, 1 / np.where(dead, 1.0, gain))  # nothing passes a dead scale, so nothing is asked of it
+    rng = np.random.default_rng(0)
+    places = -(-_ROWS_PER_INPUT * reader.inputs // sum(len(batch) for batch in batches))
     seen = 0
-    teacher = teacher_run.advance([total], [total])
-    student = student_run.advance([stage.consumer.tensor, total], [stage.consumer.tensor])
-    for batch, (target,), (x, current) in zip(batches, teacher, student, strict=True):
-        x = x.reshape(-1, x.shape[-1])
-        error = ((target - current) * inverse_gain).astype(np.float32).reshape(len(x), -1)
+    teacher = teacher_run.advance([reader.target], [reader.target])
+    student = student_run.advance([reader.tensor, reader.target], [reader.tensor])
+    for batch, (target,), (read, current) in zip(batches, teacher, student, strict=True):
+        wanted = target if stage.stays is None else np.take(target, stage.stays, axis=reader.channels)
+        x, error = reader.pairs(read, wanted - current, places, rng)
         if fitted is None:
             fitted = NormalEquations(x.shape[1], error.shape[1])
         per_row = len(x) // len(batch)
@@ -163,7 +194,7 @@ def _accumulate(
         real = batch.real_rows(len(x))
         weight = row_weight(batch) if row_weight else None
         if weight is not None and weight.size != len(x):
-            weight = None  # of this sublayer only the rows that the output reads are computed
+            weight = None  # of this sublayer only the rows that the output reads are computed, or some places of an image
         for sums, chosen in ((fitted, real & ~judge), (held, real & judge)):
             if chosen.any():
                 sums.add(x[chosen], error[chosen], None if weight is None else weight[chosen])
@@ -172,43 +203,27 @@ def _accumulate(
     return fitted, held
 
 
-def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRows, method: Method) -> tuple[_NewConstants, SiteFit]:
+def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRows, method: Method) -> tuple[Constants, SiteFit]:
     name = stage.site.name
     if fitted.energy <= 1e-12 * max(float(np.trace(fitted.gram)), 1e-30):
         return {}, SiteFit(name, False, 1.0, "nothing to correct")
     try:
-        # With few rows for the columns an intercept would be noise.
-        enough = fitted.rows >= 10 * len(fitted.gram)
+        # With few rows for the columns an intercept would be noise; without a bias it has no place.
+        enough = stage.reader.branch.bias is not None and fitted.rows >= 10 * len(fitted.gram)
         fit = fitted.solve(RIDGE, intercept=enough) if method == "refit" else _scales(view, stage, fitted)
     except np.linalg.LinAlgError as error:
         return {}, SiteFit(name, False, 1.0, str(error))
-    held_error = held.error(fit, np.square(stage.branch.gain))
+    held_error = held.error(fit, np.square(stage.reader.branch.gain))
     judged = fit.fitted_error if held_error is None else held_error
     if not judged < 1.0:
         return {}, SiteFit(name, False, judged, "the fit would not lower the error on rows kept out of it")
-    return _new_constants(view, stage, fit), SiteFit(name, True, judged)
+    return stage.reader.changed(view, fit), SiteFit(name, True, judged)
 
 
 def _scales(view: GraphView, stage: _Stage, fitted: NormalEquations) -> Fit:
-    leaf = stage.consumer.leaf
-    weight = view.value(view.nodes[stage.node].inputs[leaf.slot])
+    reader = stage.reader
+    weight = view.value(view.nodes[reader.node.index].inputs[reader.slot])
     assert weight is not None
-    rows = weight if leaf.axis == 0 else weight.T
-    # Every unit of a site has equally many positions, in order.
-    width = len(leaf.labels) // stage.site.units
-    return solve_scales(fitted, rows, np.arange(len(rows)) // width, RIDGE)
-
-
-def _new_constants(view: GraphView, stage: _Stage, fit: Fit) -> _NewConstants:
-    leaf = stage.consumer.leaf
-    weight = view.value(view.nodes[stage.node].inputs[leaf.slot])
-    assert weight is not None
-    change = fit.weights if leaf.axis == 0 else fit.weights.T
-    constants = {(stage.node, leaf.slot): (weight + change).astype(weight.dtype)}
-    if stage.branch.bias is not None and fit.bias.any():
-        index, slot = stage.branch.bias
-        bias = view.value(view.nodes[index].inputs[slot])
-        assert bias is not None
-        step = (fit.bias * stage.branch.bias_gain).reshape(bias.shape)
-        constants[index, slot] = (bias + step).astype(bias.dtype)
-    return constants
+    # What other sites may keep here gets one scale together.
+    units = reader.units()
+    return solve_scales(fitted, reader.matrix(weight), np.where(units < 0, units.max() + 1, units), RIDGE)

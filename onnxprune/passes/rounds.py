@@ -45,11 +45,18 @@ _ROUND_SHARE = 0.8
 _BISECTIONS = 8
 
 
+_TUNINGS = 4
+
+
+_CHANNELS_AT_ONCE = 8
+"""Convolution kernels of runtimes work on blocks of this many channels."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to decide.
 
-    ``align``: FFN widths are multiples of this when the cost is measured time; ``uniform``: equal numbers of units in all layers.
+    ``align``: FFN widths are multiples of this when the cost is measured time (channels of 8); ``uniform``: equal numbers of units in all layers.
     """
 
     importance: str = "fisher"
@@ -131,8 +138,8 @@ def choose(
         spare: empty no site; for timed costs and uniform recipes.
     """
     room = budget - table.fixed
-    if table.unit == "ms" or bench.recipe.uniform:
-        positions = _by_knapsack(bench, scores, table, room, spare)
+    if table.unit == "ms" or bench.recipe.uniform or any(site.least for site in bench.sites):
+        positions = _tuned_knapsack(bench, scores, table, budget, spare)
     else:
         positions = _by_price(bench, scores, table, room)
     if positions is None:
@@ -144,6 +151,23 @@ def choose(
                 removed = rearrange(scores.gradients[site], np.setdiff1d(np.arange(units), keep))
                 positions[site] = np.setdiff1d(np.arange(units), removed)
     return {site.name: student.kept[site.name][positions[site.name]] for site in bench.sites}
+
+
+def _tuned_knapsack(bench: Workbench, scores: Scores, table: CostTable, budget: float, spare: bool) -> dict[str, np.ndarray] | None:
+    """The knapsack; where sites share weights, again with costs tuned to the choice before, as long as less is lost."""
+    best = _by_knapsack(bench, scores, table, budget - table.fixed, spare)
+    for _ in range(_TUNINGS if table.pairs and best is not None else 0):
+        assert best is not None
+        tuned = table.tuned({name: len(keep) for name, keep in best.items()})
+        found = _by_knapsack(bench, scores, tuned, budget - tuned.fixed, spare)
+        if found is None or not _kept_saliency(scores, found) > _kept_saliency(scores, best):
+            break
+        best = found
+    return best
+
+
+def _kept_saliency(scores: Scores, positions: Mapping[str, np.ndarray]) -> float:
+    return sum(float(scores.saliency[name][keep].sum()) for name, keep in positions.items())
 
 
 def _by_price(bench: Workbench, scores: Scores, table: CostTable, room: float) -> dict[str, np.ndarray] | None:
@@ -177,10 +201,19 @@ def offers_of(bench: Workbench, scores: Scores, *, timed: bool) -> dict[str, tup
     for site in bench.sites:
         saliency = np.sort(scores.saliency[site.name])
         count = len(saliency)
-        step = bench.recipe.align if site.kind == "ffn" and timed else 1
+        step = _step(bench, site) if timed else 1
         kept = np.unique(np.concatenate([np.arange(0, count + 1, step), [count]]))
+        kept = kept[kept >= min(site.least, count)]
         offers[site.name] = kept, np.concatenate([[0.0], np.cumsum(saliency)])[count - kept]
     return offers
+
+
+def _step(bench: Workbench, site: Site) -> int:
+    """Units between two widths that the runtime tells apart."""
+    if site.kind == "channels":
+        positions = max(int((leaf.labels >= 0).sum()) for leaf in site.group.leaves if leaf.role == "produces")
+        return max(_CHANNELS_AT_ONCE * site.units // positions, 1)
+    return bench.recipe.align if site.kind == "ffn" else 1
 
 
 def _uniform_sizes(
@@ -213,6 +246,7 @@ def cut(bench: Workbench, kept: Kept) -> Student:
             model,
             bench.batches,
             bench.options,
+            kept=kept,
             method="scale" if bench.recipe.compensation == "scale" else "refit",
             row_weight=_class_row(bench) if bench.objective.first_token else None,
             progress=bench.report("re-fit"),

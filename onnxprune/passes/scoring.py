@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
@@ -23,13 +25,20 @@ from onnxprune.runtime.session import RuntimeOptions, open_session, run
 GRAD = "onnxprune.grad."
 
 
-def student_labels(site: Site, kept: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Labels of an axis after slicing: the position of each unit among the kept ones."""
-    number = np.full(site.units + 1, -2)
-    number[-1] = -1
-    number[kept] = np.arange(len(kept))
-    mapped: np.ndarray = number[labels]
-    return np.asarray(mapped[mapped != -2])
+def student_labels(site: Site, kept: Kept, consumer: Consumer, sites: Sequence[Site]) -> np.ndarray:
+    """Labels of the axis that ``consumer`` reads after slicing: the position of each unit among the kept ones.
+
+    Other ``sites`` may have cut the same axis (a concatenation).
+    """
+    stays = np.ones(len(consumer.labels), bool)
+    for other in sites:
+        labels = other.group.places.get((consumer.tensor, consumer.axis))
+        if labels is not None and other.name in kept:
+            stays &= np.isin(labels, [-1, *kept[other.name]])
+    number = np.full(site.units + 1, -1)
+    units = np.asarray(kept.get(site.name, np.arange(site.units)), np.int64)
+    number[units] = np.arange(len(units))
+    return np.asarray(number[consumer.labels][stays])
 
 
 def mask_gradients(
@@ -43,11 +52,12 @@ def mask_gradients(
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units]."""
+    alive = [site for site in sites if len(kept[site.name])]
+    student, reads = _own_reads(student, alive)
     taps = [
-        _tap(site, kept[site.name], position, consumer)
-        for site in sites
-        if len(kept[site.name])
-        for position, consumer in enumerate(_distinct(site))
+        _tap(site, kept, position, consumer, tensor, sites)
+        for site in alive
+        for position, (consumer, tensor) in enumerate(_distinct(site, reads))
     ]
     samples = cut_feeds(student, targets.batches[0].feeds)
     session = open_session(gradient_model(student, taps, objective.tensor, objective.link, samples=samples), options)
@@ -71,14 +81,47 @@ def fisher_sums(gradients: Iterable[dict[str, np.ndarray]]) -> Statistics:
     return sums
 
 
-def _tap(site: Site, kept: np.ndarray, position: int, consumer: Consumer) -> Tap:
-    labels = student_labels(site, kept, consumer.labels)
-    return Tap(f"{site.name}#{position}", consumer.tensor, consumer.axis, labels, len(kept))
+def _tap(site: Site, kept: Kept, position: int, consumer: Consumer, tensor: str, sites: Sequence[Site]) -> Tap:
+    labels = student_labels(site, kept, consumer, sites)
+    return Tap(f"{site.name}#{position}", tensor, consumer.axis, labels, len(kept[site.name]))
 
 
-def _distinct(site: Site):  # type: ignore[no-untyped-def]
-    """Consumers by distinct activation: two matrices that read one tensor share a tap."""
-    return {consumer.tensor: consumer for consumer in site.consumers}.values()
+def _distinct(site: Site, reads: Mapping[tuple[str, str], str]) -> Iterable[tuple[Consumer, str]]:
+    """Consumers by distinct activation, with the activation: two matrices that read one tensor share a tap."""
+    found = {reads.get((consumer.leaf.node.name, consumer.tensor), consumer.tensor): consumer for consumer in site.consumers}
+    return [(consumer, tensor) for tensor, consumer in found.items()]
+
+
+def _own_reads(student: Model, sites: Sequence[Site]) -> tuple[Model, dict[tuple[str, str], str]]:
+    """The model with an Identity in front of readers of channels that others read as well, and its output by (reader, tensor).
+
+    A mask acts where a site is read. What a residual stream carries on to other readers, of this site or not, must not count there again.
+    """
+    readers = GraphView(student).consumers
+    wanted = {
+        (consumer.leaf.node.name, consumer.tensor)
+        for site in sites
+        if site.kind == "channels"
+        for consumer in site.consumers
+        if len(readers.get(consumer.tensor, ())) > 1
+    }
+    if not wanted:
+        return student, {}
+    proto = student.copy_proto()
+    nodes: list[onnx.NodeProto] = []
+    names: dict[tuple[str, str], str] = {}
+    for node in [onnx.NodeProto.FromString(node.SerializeToString()) for node in proto.graph.node]:
+        for slot, tensor in enumerate(node.input):
+            if (node.name, tensor) in wanted:
+                name = f"{tensor}~{node.name}"
+                if (node.name, tensor) not in names:
+                    nodes.append(helper.make_node("Identity", [tensor], [name], name=f"{name}.read"))
+                names[node.name, tensor] = name
+                node.input[slot] = name
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return student.with_proto(proto), names
 
 
 def gram_matrices(
@@ -122,10 +165,10 @@ def local_scores(
         consumer = site.consumers[0]
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
         assert weight is not None
-        if weight.ndim != 2:
+        if weight.ndim != 2 and (site.kind != "channels" or criterion == "obs"):
             raise InputError(f"importance {criterion!r} needs a plain matrix to read {site.name}, not {weight.ndim} dimensions; use fisher")
-        rows = weight if consumer.leaf.axis == 0 else weight.T
-        labels = student_labels(site, kept[site.name], consumer.labels)
+        rows = np.moveaxis(weight, consumer.leaf.axis, 0).reshape(weight.shape[consumer.leaf.axis], -1)
+        labels = student_labels(site, kept, consumer, sites)
         if criterion == "magnitude":
             scores[site.name] = local.magnitude(rows, labels, count)
         elif criterion == "energy":

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from onnxprune.graph.anatomy import Anatomy, Kind, Site
+from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.canonical import with_fresh_shapes
 from onnxprune.graph.macs import count_macs
@@ -23,6 +23,7 @@ from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import Kept
 from onnxprune.runtime.measure import clock_for, in_turn, latency_ms, ratio, replicas, time_sessions
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
+from onnxprune.search.joint import Pair, Split, split
 
 CostUnit = Literal["ms", "macs", "params", "bytes"]
 
@@ -35,29 +36,57 @@ _STAMP_BYTES = 4096
 
 @dataclass(frozen=True)
 class CostTable:
-    """``curves[site][k]`` is the cost of keeping k units, ``fixed`` everything no site can change."""
+    """``curves[site][k]`` is the cost of keeping k units, ``fixed`` everything no site can change.
+
+    Where two sites share a weight, the curves are an upper bound of the truth, and ``pairs`` say by how much
+    (:mod:`onnxprune.search.joint`).
+    """
 
     unit: CostUnit
     fixed: float
     curves: Mapping[str, np.ndarray]
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def full(self) -> float:
         """Cost of the model with every unit kept."""
-        return self.fixed + sum(float(curve[-1]) for curve in self.curves.values())
+        return self.predict({})
 
     @property
     def floor(self) -> float:
         """Cost with nothing kept: no target below this can be met."""
-        return self.fixed + sum(float(curve.min()) for curve in self.curves.values())
+        return self.predict({site: int(np.argmin(curve)) for site, curve in self.curves.items()})
 
     def predict(self, counts: Mapping[str, int]) -> float:
         """Cost of keeping ``counts[site]`` units; sites that are not named keep everything."""
-        return self.fixed + sum(float(curve[counts.get(site, len(curve) - 1)]) for site, curve in self.curves.items())
+        bound = sum(float(curve[counts.get(site, len(curve) - 1)]) for site, curve in self.curves.items())
+        return (
+            self.fixed + bound - sum(pair.excess(self._share(pair.first, counts), self._share(pair.second, counts)) for pair in self.pairs)
+        )
+
+    def _share(self, site: str, counts: Mapping[str, int]) -> float:
+        """Share kept; a site that must keep a unit and is asked for none is taken to keep the least that changes its cost."""
+        units = len(self.curves[site]) - 1
+        count = counts.get(site, units)
+        return max(count, int(np.flatnonzero(self.curves[site] <= self.curves[site][0])[-1])) / units
+
+    def tuned(self, counts: Mapping[str, int]) -> CostTable:
+        """The same costs with curves that add up to the truth at ``counts``."""
+        curves = {site: np.array(curve) for site, curve in self.curves.items()}
+        pairs = []
+        for pair in self.pairs:
+            first, second = self._share(pair.first, counts), self._share(pair.second, counts)
+            new = replace(pair, ratio=second / first if first and second else pair.ratio)
+            for site, before, after in zip((pair.first, pair.second), pair.halves(), new.halves(), strict=True):
+                share = np.arange(len(curves[site])) / (len(curves[site]) - 1)
+                curves[site] += (after - before) * np.maximum(share, self._share(site, {site: 0})) ** 2
+            pairs.append(new)
+        return replace(self, curves=curves, pairs=tuple(pairs))
 
     def scaled(self, factor: float) -> CostTable:
         """The table re-anchored: everything times ``factor``."""
-        return replace(self, fixed=self.fixed * factor, curves={site: curve * factor for site, curve in self.curves.items()})
+        pairs = tuple(replace(pair, cost=pair.cost * factor) for pair in self.pairs)
+        return replace(self, fixed=self.fixed * factor, curves={site: curve * factor for site, curve in self.curves.items()}, pairs=pairs)
 
     def as_dict(self) -> dict[str, Any]:
         return {"unit": self.unit, "fixed": self.fixed, "curves": {site: curve.tolist() for site, curve in self.curves.items()}}
@@ -67,25 +96,40 @@ def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds
     """Multiply-adds at the shapes of ``feeds``, parameters, or bytes of weights."""
     if unit == "macs":
         macs = count_macs(anatomy.model, shapes_of(anatomy.model, feeds))
-        total = float(sum(macs.values()))
-        per_unit = {site.name: site_macs(site, macs) / site.units for site in sites}
+        total, parts = float(sum(macs.values())), _split_macs(sites, macs)
     else:
         size = 4 if unit == "bytes" else 1
         # A file is its weights and its graph; the finished one also holds inferred shapes and a stamp.
         total = float(_file_bytes(anatomy.model) if unit == "bytes" else anatomy.model.parameters)
-        per_unit = {site.name: site.parameters_per_unit * size for site in sites}
-    curves = {site.name: per_unit[site.name] * np.arange(site.units + 1) for site in sites}
-    return CostTable(unit, total - sum(float(curve[-1]) for curve in curves.values()), curves)
+        uses = {(leaf.node.index, leaf.slot): site for site in sites for leaf in site.group.leaves}
+        parts = split(sites, {use: float(np.prod(site.leaf_shapes[use])) * size for use, site in uses.items()})
+    return _table(unit, total, sites, parts)
+
+
+def _table(unit: CostUnit, total: float, sites: Sequence[Site], parts: Split) -> CostTable:
+    table = CostTable(unit, 0.0, {site.name: parts.curve(site) for site in sites}, parts.pairs)
+    return replace(table, fixed=total - table.full)
+
+
+def _split_macs(sites: Sequence[Site], macs: Mapping[str, int]) -> Split:
+    """Multiply-adds by the sites that cut the weights, in full for the site of a product of two activations."""
+    slots = {leaf.node.index: leaf for site in sites for leaf in site.group.leaves if leaf.role != "rides"}
+    amounts = {(index, leaf.slot): float(macs.get(leaf.node.name, 0)) for index, leaf in slots.items()}
+    parts = split(sites, amounts)
+    linear = dict(parts.linear)
+    for site in sites:
+        rest = sum(macs.get(node.name, 0) for node in site.group.nodes if node.index not in slots)
+        linear[site.name] = linear.get(site.name, 0.0) + rest
+    return replace(parts, linear=linear)
 
 
 def shipped_bytes(floats: CostTable, sites: Sequence[Site], build: Callable[[Kept], Model]) -> CostTable:
     """Bytes of the graph that is really shipped (in int8, say), from its size unpruned and halved."""
     full = _file_bytes(build({}))
     halved = {site.name: np.arange((site.units + 1) // 2) for site in sites}
-    removed = sum(float(floats.curves[name][-1] - floats.curves[name][len(kept)]) for name, kept in halved.items())
-    factor = (full - _file_bytes(build(halved))) / removed if removed else 0.0
-    curves = {name: curve * factor for name, curve in floats.curves.items()}
-    return CostTable(floats.unit, full - sum(float(curve[-1]) for curve in curves.values()), curves)
+    removed = floats.full - floats.predict({name: len(kept) for name, kept in halved.items()})
+    table = floats.scaled((full - _file_bytes(build(halved))) / removed if removed else 0.0)
+    return replace(table, fixed=full - (table.full - table.fixed))
 
 
 def _file_bytes(model: Model) -> int:
@@ -127,7 +171,7 @@ def measured_costs(
     Returns:
         The table, and the milliseconds of ``given`` (of the full graph if there is none).
     """
-    macs = count_macs(anatomy.model, shapes_of(anatomy.model, feeds))
+    work = _Work(anatomy, sites, feeds)
     kinds = sorted({site.kind for site in sites})
     probes = _probes(sites, kinds)
     runs: dict[str, Callable[[], object]] = {}
@@ -141,28 +185,19 @@ def measured_costs(
     timings = time_sessions(runs, clock=clock_for(options), seed=seed, rounds=41, tolerance=0.006, max_seconds=20.0)
     full = latency_ms(timings, "full")
     times = np.array([1.0 if probe.name == "full" else ratio(timings, probe.name, "full").median for probe in probes])
-    whole: dict[Kind, float] = {kind: sum(site_macs(site, macs) for site in sites if site.kind == kind) for kind in kinds}
-    number = {kind: sum(site.kind == kind for site in sites) for kind in kinds}
-    features = np.array([_features(probe, sites, kinds, macs, whole, number) for probe in probes])
+    features = np.array([work.features(probe.counts, kinds) for probe in probes])
     # Relative errors count; the full model anchors the table, so it weighs more.
     weight = np.where([probe.name == "full" for probe in probes], 4.0, 1.0) / times
     solution, _ = nnls(features * weight[:, None], times * weight)
     fixed, rest = solution[0], solution[1:].reshape(len(kinds), 2)
-    curves = {}
-    for site in sites:
-        slope, presence = rest[kinds.index(site.kind)]
-        share = site_macs(site, macs) / whole[site.kind]
-        counts = np.arange(site.units + 1)
-        curve = slope * share * counts / site.units + presence / number[site.kind] * (counts > 0)
-        curves[site.name] = curve * full
-    table = CostTable("ms", float(fixed * full), curves)
+    table = work.priced(full * fixed, {kind: full * rest[number] for number, kind in enumerate(kinds)})
     as_given = full * ratio(timings, "given", "full").median if given is not None else full
     return table.scaled(full / table.full), as_given
 
 
 def _probes(sites: Sequence[Site], kinds: Sequence[str]) -> list[_Probe]:
     def counts(share: Callable[[Site], float]) -> dict[str, int]:
-        return {site.name: round(site.units * share(site)) if share(site) else 0 for site in sites}
+        return {site.name: max(round(site.units * share(site)), site.least) for site in sites}
 
     probes = [_Probe("full", counts(lambda site: 1.0)), _Probe("eighth", counts(lambda site: 1 / 8))]
     for kind in kinds:
@@ -174,20 +209,58 @@ def _probes(sites: Sequence[Site], kinds: Sequence[str]) -> list[_Probe]:
     return probes
 
 
-def _features(
-    probe: _Probe,
-    sites: Sequence[Site],
-    kinds: Sequence[Kind],
-    macs: Mapping[str, int],
-    whole: Mapping[Kind, float],
-    number: Mapping[Kind, int],
-) -> list[float]:
-    row = [1.0]
-    for kind in kinds:
-        mine = [site for site in sites if site.kind == kind]
-        row.append(sum(site_macs(site, macs) * probe.counts[site.name] / site.units for site in mine) / whole[kind])
-        row.append(sum(probe.counts[site.name] > 0 for site in mine) / number[kind])
-    return row
+class _Work:
+    """What a kind of site adds to a request: its multiply-adds, and what comes on top of them.
+
+    That is the presence of a layer for heads and neurons, and the traffic of activations for channels, whose layers always stay.
+    """
+
+    def __init__(self, anatomy: Anatomy, sites: Sequence[Site], feeds: Feeds) -> None:
+        shapes = shapes_of(anatomy.model, feeds)
+        self.sites = sites
+        self.macs = _table("macs", 0.0, sites, _split_macs(sites, count_macs(anatomy.model, shapes)))
+        weight = {site.name: _traffic(site, shapes) if site.least else 1.0 for site in sites}
+        whole: dict[str, float] = {}
+        for site in sites:
+            whole[site.kind] = whole.get(site.kind, 0.0) + weight[site.name]
+        self.rest = {site.name: weight[site.name] / whole[site.kind] * _rest(site) for site in sites}
+        self.kind = {site.name: site.kind for site in sites}
+        self.whole = {kind: self._of_kind(kind, {}) for kind in whole}
+
+    def _of_kind(self, kind: str, counts: Mapping[str, int]) -> float:
+        """Multiply-adds of the sites of a kind; what two kinds share counts for the first."""
+        mine = {name: curve for name, curve in self.macs.curves.items() if self.kind[name] == kind}
+        bound = sum(float(curve[counts.get(name, len(curve) - 1)]) for name, curve in mine.items())
+        pairs = tuple(pair for pair in self.macs.pairs if self.kind[pair.first] == kind)
+        return bound + replace(self.macs, fixed=0.0, pairs=pairs).predict(counts) - replace(self.macs, fixed=0.0, pairs=()).predict(counts)
+
+    def features(self, counts: Mapping[str, int], kinds: Sequence[str]) -> list[float]:
+        """1, then for each kind its share of its multiply-adds, and of the rest."""
+        row = [1.0]
+        for kind in kinds:
+            row.append(self._of_kind(kind, counts) / self.whole[kind])
+            row.append(sum(float(curve[counts[name]]) for name, curve in self.rest.items() if self.kind[name] == kind))
+        return row
+
+    def priced(self, fixed: float, prices: Mapping[str, np.ndarray]) -> CostTable:
+        """The table in milliseconds, from those of all multiply-adds of a kind, and of all the rest."""
+        curves = {}
+        for site in self.sites:
+            work, rest = prices[site.kind]
+            curves[site.name] = self.macs.curves[site.name] * (work / self.whole[site.kind]) + self.rest[site.name] * rest
+        price = {kind: float(pair[0]) / self.whole[kind] for kind, pair in prices.items()}
+        pairs = tuple(replace(pair, cost=pair.cost * price[self.kind[pair.first]]) for pair in self.macs.pairs)
+        return CostTable("ms", float(fixed), curves, pairs)
+
+
+def _rest(site: Site) -> np.ndarray:
+    counts = np.arange(site.units + 1)
+    return np.maximum(counts, site.least) / site.units if site.least else np.asarray(counts > 0, np.float64)
+
+
+def _traffic(site: Site, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Elements of activations that scale with a site."""
+    return sum(float(np.prod(shapes.get(name, ())) * (labels >= 0).mean()) for (name, _), labels in site.group.places.items())
 
 
 def _caller(model: Model, feeds: Feeds, options: RuntimeOptions) -> Callable[[], object]:

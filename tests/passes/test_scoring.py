@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -45,8 +47,15 @@ def batches() -> list[Batch]:
 def test_labels_of_a_student_number_the_units_that_are_left() -> None:
     site = anatomy().site("layer.0.heads")
     labels = np.array([0, 0, 1, 1, -1, 2, 2, 3])
-    assert student_labels(site, np.array([1, 3]), labels).tolist() == [0, 0, -1, 1]
-    assert student_labels(site, np.arange(4), labels).tolist() == labels.tolist()
+    consumer = replace(site.consumers[0], labels=labels)
+    place = (consumer.tensor, consumer.axis)
+    site = replace(site, group=replace(site.group, places={place: labels}))
+    assert student_labels(site, {site.name: np.array([1, 3])}, consumer, [site]).tolist() == [0, 0, -1, 1]
+    assert student_labels(site, {}, consumer, [site]).tolist() == labels.tolist()
+    # Another site has cut the position that this one does not label.
+    group = replace(site.group, places={place: np.where(labels < 0, 0, -1)})
+    other = replace(site, name="other", units=1, group=group)
+    assert student_labels(site, {"other": np.zeros(0, np.int64)}, consumer, [site, other]).tolist() == [0, 0, 1, 1, 2, 2, 3]
 
 
 def test_mask_gradients_of_a_student_are_differences_of_its_loss() -> None:
