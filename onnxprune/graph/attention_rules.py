@@ -13,32 +13,62 @@ def _heads_of(size: int, heads: int, kv_heads: int) -> Index:
     return (np.arange(size) // (size // heads)) // (heads // kv_heads)
 
 
+Part = tuple[int, int, Index]
+"""(operand, axis, unit of every position along it, -1 for none)."""
+
+
+def _one_unit(parts: list[Part]) -> list[Link]:
+    """Ties that make positions of equal units go together, over all parts and inside each; the first part holds every unit."""
+    anchor, axis, units = parts[0]
+    first = {int(unit): int(position) for position, unit in reversed(list(enumerate(units))) if unit >= 0}
+    result: list[Link] = []
+    for operand, other, of in parts:
+        index = np.flatnonzero(of >= 0)
+        target = np.array([first[int(unit)] for unit in of[index]], np.int64)
+        result.append(Tie(operand, other, anchor, axis, index, target, batch=True))
+    return result
+
+
+def _blocks(heads: int, depth: int, per_unit: int = 1) -> Index:
+    """Unit of every position of ``heads`` blocks of ``depth``."""
+    return np.repeat(np.arange(heads) // per_unit, depth)
+
+
+def _grouped(queries: list[Part], shared: list[Part], heads: int, kv_heads: int) -> list[Link]:
+    """Units are key/value heads with their queries; query heads alone where one key/value head serves all of them.
+
+    Args:
+        queries: parts with one block per query head, numbered by query head.
+        shared: parts with one block per key/value head, numbered by key/value head.
+    """
+    if kv_heads == 1 and heads > 1:
+        return _one_unit(queries)
+    group = heads // kv_heads
+    return _one_unit([*shared, *((operand, axis, np.where(of >= 0, of // group, -1)) for operand, axis, of in queries)])
+
+
 @rule("Attention")
 def _attention(node: Node, s: Shapes) -> list[Link]:
-    """Opset 23: Q, K, V as [B, H, S, D] or [B, S, H*D]; heads are tied, query heads in whole groups of their key/value head."""
-    if any(s.name(slot) for slot in (4, 5)) or any(s.name(-1 - slot) for slot in (1, 2)):
-        return []  # a KV cache is a graph input and output of its own
+    """Opset 23: Q, K, V as [B, H, S, D] or [B, S, H*D], past and present keys and values [B, H, T, D]."""
+    if s.name(-4) or any(s.name(slot) for slot in range(6, len(node.inputs))):
+        return []
     heads, kv_heads, flat = attention_heads(node, s)
     axis = 2 if flat else 1
-    key_index = np.arange(s.of(1)[axis])
-    key_head = _heads_of(key_index.size, kv_heads, kv_heads)
-    result: list[Link] = []
-    for operand in (0, 2, -1):
-        count = kv_heads if operand == 2 else heads
-        index = np.arange(s.of(operand)[axis])
-        # Ties relate positions; relating every position to the first one of its head in K makes the head the unit.
-        first = np.searchsorted(key_head, _heads_of(index.size, count, kv_heads))
-        result.append(Tie(operand, axis, 1, axis, index, first, batch=True))
-    result.append(Tie(1, axis, 1, axis, key_index, np.searchsorted(key_head, key_head), batch=True))
-    result += [Tie(operand, 0, -1, 0) for operand in (0, 1, 2)]
+
+    def part(operand: int, count: int) -> Part:
+        return operand, axis, _blocks(count, s.of(operand)[axis] // count)
+
+    queries, shared = [part(0, heads), part(-1, heads)], [part(1, kv_heads), part(2, kv_heads)]
+    shared += [(operand, 1, np.arange(kv_heads)) for operand in (4, 5, -2, -3) if s.name(operand)]
     if s.name(3):
         mask = s.of(3)  # broadcast to [B, H, S, L] from the right
         if len(mask) >= 3 and mask[-3] == heads > 1:
-            first = np.searchsorted(key_head, np.arange(heads) // (heads // kv_heads))
-            result.append(Tie(3, len(mask) - 3, 1, axis, np.arange(heads), first, batch=True))
-        if len(mask) >= 2 and not flat and mask[-2] == s.of(0)[2] != 1:
-            result.append(Tie(3, len(mask) - 2, -1, 2))
-    if not flat:
+            queries.append((3, len(mask) - 3, np.arange(heads)))
+    result = _grouped(queries, shared, heads, kv_heads)
+    result += [Tie(operand, 0, -1, 0) for operand in (0, 1, 2)]
+    if not flat and s.name(3) and len(s.of(3)) >= 2 and s.of(3)[-2] == s.of(0)[2] != 1:
+        result.append(Tie(3, len(s.of(3)) - 2, -1, 2))
+    if not flat and not s.name(4):
         result += [Tie(0, 3, 1, 3, contracts=True), Tie(2, 3, -1, 3), Tie(0, 2, -1, 2), Tie(1, 2, 2, 2, contracts=True)]
     return result
 
@@ -50,10 +80,37 @@ def attention_heads(node: Node, s: Shapes) -> tuple[int, int, bool]:
     return node.attrs["q_num_heads"], node.attrs["kv_num_heads"], True
 
 
+@rule("GroupQueryAttention", domain="com.microsoft")
+def _group_query_attention(node: Node, s: Shapes) -> list[Link]:
+    """Q [B, S, H*D], K and V [B, S, G*D], or all three in a row as Q; past and present keys and values [B, G, T, D]."""
+    heads, kv_heads = node.attrs["num_heads"], node.attrs["kv_num_heads"]
+    if s.name(-4) or any(s.name(slot) for slot in range(12, len(node.inputs))):
+        return []
+    result: list[Link] = []
+    if s.name(1):
+        depth = s.of(0)[2] // heads
+        queries: list[Part] = [(0, 2, _blocks(heads, depth))]
+        shared: list[Part] = [(operand, 2, _blocks(kv_heads, depth)) for operand in (1, 2)]
+    else:
+        depth = s.of(0)[2] // (heads + 2 * kv_heads)
+        q, k = _blocks(heads, depth), _blocks(kv_heads, depth)
+        none = np.full(2 * len(k), -1)
+        queries = [(0, 2, np.concatenate([q, none]))]
+        shared = [(0, 2, np.concatenate([np.full(len(q), -1), k, k]))]
+    queries.append((-1, 2, _blocks(heads, depth)))
+    shared += [(operand, 1, np.arange(kv_heads)) for operand in (3, 4, -2, -3) if s.name(operand)]
+    if s.name(10) and s.of(10)[1] == heads > 1:
+        queries.append((10, 1, np.arange(heads)))
+    if s.name(11):
+        queries.append((11, 0, np.arange(heads)))
+    result += _grouped(queries, shared, heads, kv_heads)
+    return result + [Tie(0, axis, -1, axis) for axis in (0, 1)]
+
+
 @rule("MultiHeadAttention", domain="com.microsoft")
 def _multi_head_attention(node: Node, s: Shapes) -> list[Link]:
-    """Q [B, S, H*D], K [B, L, H*D], V [B, L, H*Dv], bias of all three in a row, optional mask and per-head attention bias."""
-    if any(s.name(slot) for slot in range(6, len(node.inputs))) or any(s.rank(slot) != 3 for slot in (0, 1, 2)):
+    """Q [B, S, H*D], K [B, L, H*D], V [B, L, H*Dv], bias of all three in a row, optional mask, per-head attention bias and cache."""
+    if s.name(-4) or any(s.name(slot) for slot in range(8, len(node.inputs))) or any(s.rank(slot) != 3 for slot in (0, 1, 2)):
         return []
     heads = node.attrs["num_heads"]
     result: list[Link] = []
@@ -66,6 +123,9 @@ def _multi_head_attention(node: Node, s: Shapes) -> list[Link]:
         if operand >= 0 and s.name(3):
             result.append(Tie(3, 0, 0, 2, np.arange(offset, offset + size), first))
             offset += size
+    for operand in (6, 7, -2, -3):  # [B, H, T, D]
+        if s.name(operand):
+            result.append(Tie(operand, 1, 0, 2, np.arange(heads), np.arange(heads) * (s.of(0)[2] // heads), batch=True))
     if s.name(5) and s.of(5)[1] == heads > 1:
         result.append(Tie(5, 1, 0, 2, np.arange(heads), np.arange(heads) * (s.of(0)[2] // heads), batch=True))
     return result
@@ -104,6 +164,8 @@ def _rotary(node: Node, s: Shapes) -> list[Link]:
         barrier = Barrier(0, 3, "rotary embedding pairs positions of this axis")
         return [*(Tie(0, axis, -1, axis) for axis in (0, 1, 2)), barrier]
     heads = node.attrs.get("num_heads", 0)
+    if not heads and node.domain and not node.attrs.get("rotary_embedding_dim", 0):
+        heads = shape[2] // (2 * s.of(2)[-1])  # caches of cosines are half as wide as a head
     if not heads:
         return []
     first = _heads_of(shape[2], heads, heads) * (shape[2] // heads)

@@ -7,7 +7,7 @@ it, and whoever serves the model reads off it, or off the declared shapes, what 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,6 +96,12 @@ def _behind(view: GraphView, tensor: str, stop: str = "") -> str:
 
 def _passes(node: Node) -> bool:
     return node.op in ("Identity", "Cast") or (node.op == "Concat" and len(node.inputs) == 1)
+
+
+def fills_a_cache(view: GraphView, caches: Mapping[str, str], nodes: Iterable[Node], tensors: Iterable[str]) -> bool:
+    """Whether a cache lives on what these nodes compute: it is one of the tensors, or made by a fused attention among the nodes."""
+    made = {name for node in nodes if (node.domain, node.op) in _FUSED for name in node.outputs[1:] if name}
+    return not set(caches).isdisjoint(tensors) or any(_behind(view, output) in made for output in caches.values())
 
 
 def record_cuts(model: Model, cuts: Mapping[str, CacheCut]) -> Model:

@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxprune.errors import InputError
+from onnxprune.graph.caches import cache_pairs
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import open_session, run
@@ -71,7 +72,7 @@ def take_profile(model: Model, samples: Mapping[str, np.ndarray] | None = None) 
     """
     session, watched = _open_probe(model)
     try:
-        runs = [_run(session, synthetic_feeds(model, sizes), watched) for sizes in _SIZES]
+        runs = [_run(session, feeds, watched) for feeds in _made_up(model, session, watched)]
     except InputError as error:
         if samples is None:
             raise InputError(f"the model does not run on small made-up inputs ({error}); give calibration data with --calib") from error
@@ -91,13 +92,35 @@ def shapes_of(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, tuple[
     return _run(session, {name: feeds[name] for name in model.input_names if name in feeds}, watched)[0]
 
 
-def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int = 0) -> dict[str, np.ndarray]:
+def _made_up(model: Model, session: Any, watched: Watched) -> list[dict[str, np.ndarray]]:
+    """Inputs of the two runs. Some fused operators take several tokens and several rows at once only while their cache is empty."""
+    feeds = [synthetic_feeds(model, sizes) for sizes in _SIZES]
+    try:
+        _run(session, feeds[0], watched)
+    except InputError:
+        if not (past := past_symbols(model)):
+            raise
+        return [synthetic_feeds(model, sizes, empty=past) for sizes in _SIZES]
+    return feeds
+
+
+def past_symbols(model: Model) -> frozenset[str]:
+    """Names of the dynamic lengths of the caches among the inputs."""
+    caches = cache_pairs(GraphView(model))
+    values = [value for value in model.proto.graph.input if value.name in caches]
+    return frozenset(dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim[1:] if dim.dim_param)
+
+
+def synthetic_feeds(
+    model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int = 0, empty: frozenset[str] = frozenset()
+) -> dict[str, np.ndarray]:
     """Small valid inputs: symbolic dimensions get ``sizes`` in order of appearance (equal names, equal sizes).
 
-    A sum such as ``past + tokens``, as exporters name the mask of a decoder with a cache, is the sum of its parts.
+    A sum such as ``past + tokens``, as exporters name the mask of a decoder with a cache, is the sum of its parts. Symbols
+    in ``empty`` are 0.
     """
     rng = np.random.default_rng(seed)
-    symbols: dict[str, int] = {}
+    symbols: dict[str, int] = dict.fromkeys(empty, 0)
     feeds: dict[str, np.ndarray] = {}
     wanted = set(model.input_names)
     for value in model.proto.graph.input:
@@ -110,7 +133,7 @@ def synthetic_feeds(model: Model, sizes: tuple[int, ...] = _SIZES[0], seed: int 
                 shape.append(dim.dim_value)
             else:
                 parts = (dim.dim_param or f"?{position}").split("+")
-                shape.append(sum(symbols.setdefault(part.strip(), sizes[min(len(symbols), len(sizes) - 1)]) for part in parts))
+                shape.append(sum(symbols.setdefault(part.strip(), sizes[min(len(symbols) - len(empty), len(sizes) - 1)]) for part in parts))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         feeds[value.name] = _fill_like(value.name, tuple(shape), dtype, rng)
     return feeds

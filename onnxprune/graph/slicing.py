@@ -18,7 +18,7 @@ from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.attention_rules import packed_sizes
 from onnxprune.graph.axis_links import Shapes
 from onnxprune.graph.axis_rules import slice_ranges
-from onnxprune.graph.caches import CacheCut, cache_pairs, record_cuts
+from onnxprune.graph.caches import CacheCut, cache_pairs, fills_a_cache, record_cuts
 from onnxprune.graph.cutting import cut_piece
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
@@ -102,12 +102,13 @@ class _Cut:
     def __init__(self, anatomy: Anatomy, sites: list[Site], kept: Kept) -> None:
         self.tensors: dict[tuple[str, int], np.ndarray] = {}
         self.constants: dict[tuple[int, int, int], np.ndarray] = {}
-        caches = frozenset(cache_pairs(anatomy.view))
+        caches = cache_pairs(anatomy.view)
         for site in sites:
             alive = np.zeros(site.units + 1, bool)  # the last entry answers for label -1: not of this group, stays
             alive[-1] = True
             alive[np.asarray(kept[site.name], np.int64)] = True
-            if not len(kept[site.name]) and any(name in caches for name, _ in site.group.places):
+            places = {name for name, _ in site.group.places}
+            if not len(kept[site.name]) and fills_a_cache(anatomy.view, caches, site.group.nodes, places):
                 alive[0] = True  # nobody reads its keys and values any more, but a cache without heads is one that few can allocate
             for place, labels in site.group.places.items():
                 self._and(self.tensors, place, alive[labels])
@@ -261,6 +262,13 @@ def _resize_attention(patient: _Patient) -> None:
         attrs["kv_num_heads"] = patient.kept_heads(1, 2, attrs["kv_num_heads"])
 
 
+def _resize_group_query_attention(patient: _Patient) -> None:
+    heads, kv_heads = patient.node.attrs["num_heads"], patient.node.attrs["kv_num_heads"]
+    patient.edit.attrs["num_heads"] = patient.kept_heads(-1, 2, heads)
+    # Key/value heads go with all their queries, except a single one, which stays.
+    patient.edit.attrs["kv_num_heads"] = patient.edit.attrs["num_heads"] // (heads // kv_heads) if kv_heads > 1 else 1
+
+
 def _resize_multi_head_attention(patient: _Patient) -> None:
     patient.edit.attrs["num_heads"] = patient.kept_heads(0, 2, patient.edit.attrs["num_heads"])
 
@@ -307,6 +315,7 @@ _RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
     ("", "Resize"): _resize_sizes,
     ("", "RotaryEmbedding"): _resize_rotary,
     ("com.microsoft", "RotaryEmbedding"): _resize_rotary,
+    ("com.microsoft", "GroupQueryAttention"): _resize_group_query_attention,
     ("com.microsoft", "MultiHeadAttention"): _resize_multi_head_attention,
     ("com.microsoft", "Attention"): _resize_packed_attention,
 }
