@@ -104,7 +104,7 @@ def _group_query_attention(node: Node, s: Shapes) -> list[Link]:
     if s.name(11):
         queries.append((11, 0, np.arange(heads)))
     result += _grouped(queries, shared, heads, kv_heads)
-    return result + [Tie(0, axis, -1, axis) for axis in (0, 1)]
+    return [*result, Tie(0, 0, -1, 0)]
 
 
 @rule("MultiHeadAttention", domain="com.microsoft")
