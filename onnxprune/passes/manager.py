@@ -107,7 +107,7 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
         TargetError: the target is below what any choice of units reaches.
     """
     if not study_.sites and not study_.integers and not settings.target.auto:
-        raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: name heads, ffn or int8 as well")
+        raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: name heads, ffn, channels or int8 as well")
     return _Search(study_, data, settings, progress).run()
 
 

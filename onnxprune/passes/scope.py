@@ -100,7 +100,9 @@ def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Re
     more = f"; it does have {', '.join(others)} sites: add them to --passes" if others else ""
     reasons = "".join(f"\n  {refusal}" for refusal in refusals)
     wanted = sorted(kinds)
-    return f"nothing to prune for {', '.join(wanted)}: {found} and none of it is a transformer block's {' or '.join(wanted)}{more}{reasons}"
+    blocks = [f"a transformer block's {' or '.join(kind for kind in wanted if kind != 'channels')}"] if kinds - {"channels"} else []
+    blocks += ["channels of convolutions that can be cut"] if "channels" in kinds else []
+    return f"nothing to prune for {', '.join(wanted)}: {found} and none of it is {' or '.join(blocks)}{more}{reasons}"
 
 
 def _scope(sites: list[Site], settings: Settings) -> list[Site]:

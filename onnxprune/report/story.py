@@ -223,7 +223,7 @@ def group_state(group: Record, known: Record) -> str:
 def kept(record: Record) -> str:
     """What stays: units by kind, and products by numbers; empty if neither was decided."""
     words = []
-    for kind, unit in (("heads", "heads"), ("ffn", "neurons")):
+    for kind, unit in (("heads", "heads"), ("ffn", "neurons"), ("channels", "channels")):
         sites = [site for site in record["sites"] if site["kind"] == kind]
         if sites:
             stay, units = sum(site["kept"] for site in sites), sum(site["units"] for site in sites)

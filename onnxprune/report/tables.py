@@ -269,7 +269,7 @@ def inspect_tables(found: Record) -> list[RenderableType]:
     last = ["latency", "of all time"] if timed else [""]
     table = _table("Can be pruned", "site", "units", "parameters", "MACs", "of all MACs", *last)
     for site in found["sites"]:
-        unit = "heads" if site["kind"] == "heads" else "neurons"
+        unit = {"ffn": "neurons"}.get(site["kind"], site["kind"])
         figures_ = (f"{site['units']:,} {unit}", count(site["parameters"]), count(site["macs"]), percent(site["macs_share"]))
         clock = (milliseconds(site["ms"]), percent(site["time_share"])) if timed else (_bar(min(site["macs_share"], 1.0)),)
         table.add_row(Text(site["site"]), *figures_, *clock)

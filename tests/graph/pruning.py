@@ -66,17 +66,17 @@ def random_kept(sites: tuple[Site, ...], rng: np.random.Generator) -> dict[str, 
     kept = {}
     for site in sites:
         if rng.random() < 0.8:
-            count = int(rng.integers(0, site.units + 1))
+            count = int(rng.integers(site.least, site.units + 1))
             kept[site.name] = np.sort(rng.choice(site.units, count, replace=False))
     return kept
 
 
 def corner_cases(sites: tuple[Site, ...]) -> list[dict[str, np.ndarray]]:
-    """Everything gone; each site gone alone; one unit left everywhere; one unit gone everywhere; first and last swapped out."""
-    nothing = np.zeros(0, np.int64)
+    """Everything gone that may go; each site gone alone; one unit left everywhere; one unit gone everywhere; first and last swapped out."""
+    least = {site.name: np.arange(site.least) for site in sites}
     return [
-        {site.name: nothing for site in sites},
-        *({site.name: nothing} for site in sites),
+        least,
+        *({name: units} for name, units in least.items()),
         {site.name: np.array([site.units - 1]) for site in sites},
         {site.name: np.arange(1, site.units) for site in sites},
         {site.name: np.arange(site.order % site.units, site.units) for site in sites},
