@@ -89,6 +89,14 @@ CODES: dict[str, Code] = {
             _FLOAT_FIRST,
         ),
         Code(
+            "OP205",
+            "neurons of experts",
+            "Every token multiplies with the weights of its own experts, which are gathered from a stack of all of them. Such a product "
+            "has no constant matrix whose rows or columns could go.",
+            "the weights of its neurons (layers.0.mlp.experts.gate_up_proj) are gathered for every token",
+            "leave them; heads, int4 and fp16 work beside experts",
+        ),
+        Code(
             "OP301",
             "channels cannot be followed",
             "Channels reach a normalisation over them (the width of a transformer's or ConvNeXt's stream), the boundary of the model, or "
@@ -130,6 +138,14 @@ CODES: dict[str, Code] = {
             "With no target, int8 loses more than `--max-drop` on judging rows even with half of the products in float.",
             "int8 loses more than 1% even with half of the products in float",
             "allow a larger --max-drop, or give a target, which mixes the precisions as it needs",
+        ),
+        Code(
+            "OP601",
+            "experts",
+            "A router scores all experts and keeps the best few of every token. Without one expert, tokens that chose it take another one, "
+            "with other weights: no mask of the model as it is says what that computes, so nothing could be proved.",
+            "its experts (layers.0.mlp.experts.gate_up_proj) are chosen token by token, and their scores compete",
+            "leave them; an expert that no token chooses costs memory, not time",
         ),
     )
 }

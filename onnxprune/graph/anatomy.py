@@ -19,6 +19,7 @@ from onnxprune.graph.axes import Blocked, Group, Leaf, Tracer
 from onnxprune.graph.axis_links import Shapes, Tie
 from onnxprune.graph.axis_rules import NONLINEAR, links
 from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutional
+from onnxprune.graph.experts import refuse_experts
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.tail import follow_tail
@@ -132,7 +133,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
             refusals.append(Refusal("OP304", *weight))
     sites = _named(view, found)
     refusals += _uncovered_attention(view, tracer, sites, refused)
-    return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *no_channels])))
+    return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *refuse_experts(view), *no_channels])))
 
 
 def _seeds(view: GraphView, profile: Profile) -> Iterator[tuple[str, int, Node]]:

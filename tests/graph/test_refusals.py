@@ -12,7 +12,9 @@ from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.canonical import check_float
 from onnxprune.graph.model import load
 from onnxprune.graph.slicing import SlicingError, slice_model
-from tests.graph.net import DEPTH, FFN, HEADS, WIDTH, Net
+from tests.architectures import exports
+from tests.architectures.entry import LAYERS
+from tests.graph.net import DEPTH, FFN, WIDTH, Net
 from tests.graph.pruning import Comparison, anatomy_of
 
 
@@ -132,9 +134,8 @@ def test_one_neuron_or_one_head_is_left_alone() -> None:
     refusal = only(anatomy_of(net.done(net.add("x", net.ffn("x", width=1)))))
     assert (refusal.code, "only one neuron" in refusal.reason) == ("OP203", True)
     net = Net(23)
-    q = net.linear("x")
-    k, v = (net.linear("x", WIDTH, DEPTH) for _ in range(2))
-    refusal = only(anatomy_of(net.done(net.add("x", net.linear(net("Attention", q, k, v, q_num_heads=HEADS, kv_num_heads=1))))))
+    context = net("Attention", *(net.linear("x", WIDTH, DEPTH) for _ in range(3)), q_num_heads=1, kv_num_heads=1)
+    refusal = only(anatomy_of(net.done(net.add("x", net.linear(context, DEPTH, WIDTH)))))
     assert (refusal.code, "only one head" in refusal.reason) == ("OP103", True)
     net = Net()
     q, k, v = (net.heads(net.linear("x", WIDTH, DEPTH), 1) for _ in range(3))
@@ -195,3 +196,21 @@ def test_half_precision_and_integer_models_are_input_errors() -> None:
         net.initializers[:] = net.initializers[-1:]
         with pytest.raises(InputError, match=word):
             check_float(load(net.done(net("Relu", "x"))))
+
+
+@pytest.mark.parametrize(("name", "variant"), [("mixtral", "do18-sdpa"), ("qwen3-moe", "ts17-eager")])
+def test_experts_and_their_neurons_are_refused_once_a_layer(name: str, variant: str) -> None:
+    """GatherND and Gather: one refusal for the two stacks that one choice of experts reads."""
+    anatomy = anatomy_of(load(exports.path(name, variant)))
+    assert [site.kind for site in anatomy.sites] == ["heads"] * LAYERS
+    codes = [refusal.code for refusal in anatomy.refusals]
+    assert codes == ["OP601", "OP205"] * LAYERS
+    assert all("experts" in refusal.reason for refusal in anatomy.refusals if refusal.code == "OP601")
+
+
+def test_a_table_that_is_looked_up_is_no_expert() -> None:
+    net = Net()
+    ids = net.input("ids", ["batch", "seq"], onnx.TensorProto.INT64)
+    x = net.add("x", net("Gather", net.weight(7, WIDTH), ids))
+    codes = {refusal.code for refusal in anatomy_of(net.done(net.add(x, net.ffn(x)))).refusals}
+    assert not codes
