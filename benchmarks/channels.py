@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 DATA = Path("/usr/share/datasets/fashion-mnist")
 TARGET = "30%"
 CALIBRATION_ROWS = 1024
-TRAINING_ROWS = 30_000
+TRAINING_ROWS = 16_000
 BATCH = 128
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the four .gz files")
     parser.add_argument("--net", choices=tuple(NETS), action="append", help="only this net (repeatable)")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rows", type=int, default=TRAINING_ROWS, help="images to train on")
     parser.add_argument("--seconds", type=float, default=20.0, help="most time of a paired benchmark")
     args = parser.parse_args()
