@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 
 from onnxprune.errors import Refusal
-from onnxprune.graph.axes import Blocked, Group, Leaf, Tracer
+from onnxprune.graph.axes import Tracer
 from onnxprune.graph.axis_links import Shapes, Tie
 from onnxprune.graph.axis_rules import NONLINEAR, links
+from onnxprune.graph.axis_state import Blocked, Group, Leaf
 from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutional
 from onnxprune.graph.experts import refuse_experts
 from onnxprune.graph.model import Model

@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from onnxprune.errors import Refusal
-from onnxprune.graph.axes import Blocked, Group, Tracer
+from onnxprune.graph.axes import Tracer
+from onnxprune.graph.axis_state import Blocked, Group
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.view import GraphView, Node
 
@@ -104,12 +105,15 @@ def _only(group: Group, wanted: np.ndarray) -> Group:
     number = np.full(group.units + 1, -1)
     number[:-1][wanted] = np.arange(int(wanted.sum()))
     places = {key: number[labels] for key, labels in group.places.items() if (number[labels] >= 0).any()}
-    leaves = tuple(replace(leaf, labels=number[leaf.labels]) for leaf in group.leaves if (number[leaf.labels] >= 0).any())
+    leaves, picks = (
+        tuple(replace(leaf, labels=number[leaf.labels]) for leaf in uses if (number[leaf.labels] >= 0).any())
+        for uses in (group.leaves, group.picks)
+    )
     names = {name for name, _ in places}
-    weighted = {leaf.node.index for leaf in leaves}
+    weighted = {leaf.node.index for leaf in (*leaves, *picks)}
     nodes = tuple(node for node in group.nodes if node.index in weighted or names & {*node.inputs, *node.outputs})
     contracted = tuple(node for node in group.contracted if node.index in weighted)
-    return Group(int(wanted.sum()), places, leaves, nodes, group.batched, contracted)
+    return Group(int(wanted.sum()), places, leaves, picks, nodes, group.batched, contracted)
 
 
 def _refuse_blocked(node: Node, blocked: Blocked) -> Refusal:

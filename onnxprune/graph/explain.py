@@ -13,9 +13,10 @@ import numpy as np
 
 from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Anatomy, Consumer, Site, consumers_of, kind_of, refuse_group
-from onnxprune.graph.axes import Blocked, Group, Leaf, Tracer
+from onnxprune.graph.axes import Tracer
 from onnxprune.graph.axis_links import Barrier, Link, Shapes, Tie
 from onnxprune.graph.axis_rules import links
+from onnxprune.graph.axis_state import Blocked, Group, Leaf
 from onnxprune.graph.model import Model
 from onnxprune.graph.tail import follow_tail
 from onnxprune.graph.view import Node, captured

@@ -16,13 +16,13 @@ import onnx_graphsurgeon as gs
 from onnxprune.errors import InputError, OnnxPruneError
 from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.attention_rules import packed_sizes
-from onnxprune.graph.axis_links import Shapes
-from onnxprune.graph.axis_rules import slice_ranges
+from onnxprune.graph.axis_links import Shapes, Tie
+from onnxprune.graph.axis_rules import links, slice_ranges
 from onnxprune.graph.caches import CacheCut, cache_pairs, fills_a_cache, record_cuts
 from onnxprune.graph.cutting import cut_piece
 from onnxprune.graph.model import Model
 from onnxprune.graph.surgery import Surgeon
-from onnxprune.graph.tail import FUSED_RESIDUAL, follow_tail, is_norm
+from onnxprune.graph.tail import FUSED_RESIDUAL, MEASURES, MOVING, follow_tail, is_norm
 from onnxprune.graph.view import Node
 from onnxprune.runtime.session import open_session, run
 
@@ -49,7 +49,7 @@ def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
         return anatomy.model
     plan = _Cut(anatomy, cut, kept)
     surgeon = Surgeon(anatomy.model)
-    _cut_constants(anatomy, plan, surgeon)
+    _cut_uses(anatomy, plan, surgeon)
     touched = {node.index: node for site in cut for node in site.group.nodes}
     for _, node in sorted(touched.items()):
         resize = _RESIZERS.get((node.domain, node.op))
@@ -101,7 +101,7 @@ class _Cut:
 
     def __init__(self, anatomy: Anatomy, sites: list[Site], kept: Kept) -> None:
         self.tensors: dict[tuple[str, int], np.ndarray] = {}
-        self.constants: dict[tuple[int, int, int], np.ndarray] = {}
+        self.uses: dict[tuple[int, int, int], np.ndarray] = {}
         caches = cache_pairs(anatomy.view)
         for site in sites:
             alive = np.zeros(site.units + 1, bool)  # the last entry answers for label -1: not of this group, stays
@@ -112,30 +112,42 @@ class _Cut:
                 alive[0] = True  # nobody reads its keys and values any more, but a cache without heads is one that few can allocate
             for place, labels in site.group.places.items():
                 self._and(self.tensors, place, alive[labels])
-            for leaf in site.group.leaves:
-                self._and(self.constants, (leaf.node.index, leaf.slot, leaf.axis), alive[leaf.labels])
+            for leaf in (*site.group.leaves, *site.group.picks):
+                self._and(self.uses, (leaf.node.index, leaf.slot, leaf.axis), alive[leaf.labels])
 
     @staticmethod
     def _and(table: dict, key: object, stays: np.ndarray) -> None:  # type: ignore[type-arg]
         table[key] = table[key] & stays if key in table else stays
 
 
-def _cut_constants(anatomy: Anatomy, plan: _Cut, surgeon: Surgeon) -> None:
-    """Cut each use of a constant; uses that end up equal share one initializer again, other uses keep the original."""
+def _cut_uses(anatomy: Anatomy, plan: _Cut, surgeon: Surgeon) -> None:
+    """Cut each use of a constant or a side tensor; uses that end up equal share one tensor again, other uses keep the original."""
     per_use: dict[tuple[int, int], dict[int, np.ndarray]] = {}
-    for (index, slot, axis), stays in plan.constants.items():
+    for (index, slot, axis), stays in plan.uses.items():
         per_use.setdefault((index, slot), {})[axis] = np.flatnonzero(stays)
-    shared: dict[tuple[object, ...], gs.Constant] = {}
+    shared: dict[tuple[object, ...], gs.Tensor] = {}
     for (index, slot), axes in sorted(per_use.items()):
         name = anatomy.view.nodes[index].inputs[slot]
         key = (name, *((axis, axes[axis].tobytes()) for axis in sorted(axes)))
         if key not in shared:
-            array = anatomy.view.value(name)
-            assert array is not None, name
-            for axis, index_kept in sorted(axes.items()):
-                array = np.take(array, index_kept, axis=axis)
-            shared[key] = surgeon.constant(array, name)
+            shared[key] = _cut_tensor(anatomy, surgeon, name, axes)
         surgeon.nodes[index].inputs[slot] = shared[key]
+
+
+def _cut_tensor(anatomy: Anatomy, surgeon: Surgeon, name: str, axes: Mapping[int, np.ndarray]) -> gs.Tensor:
+    """The positions that stay of a constant, or, picked at run time, of a side tensor."""
+    array = anatomy.view.value(name)
+    if array is not None:
+        for axis, kept in sorted(axes.items()):
+            array = np.take(array, kept, axis=axis)
+        return surgeon.constant(array, name)
+    tensor = surgeon.tensors[name]
+    for axis, kept in sorted(axes.items()):
+        if len(kept) < (anatomy.profile.shape(name) or ())[axis]:
+            picked = surgeon.variable(name, tensor.dtype)
+            surgeon.add("Gather", [tensor, surgeon.constant(kept.astype(np.int64), name)], picked, name, axis=axis)
+            tensor = picked
+    return tensor
 
 
 # --- nodes that carry a shape ------------------------------------------------------------------------------------------------------
@@ -151,10 +163,8 @@ class _Patient:
 
     def stays(self, operand: int, axis: int) -> np.ndarray | None:
         """Kept positions along an axis of an operand, None if nothing is cut there."""
-        name = self.shapes.name(operand)
-        if operand >= 0 and self.anatomy.view.is_constant(name):
-            return self.plan.constants.get((self.node.index, operand, axis))
-        return self.plan.tensors.get((name, axis))
+        use = self.plan.uses.get((self.node.index, operand, axis))
+        return self.plan.tensors.get((self.shapes.name(operand), axis)) if use is None else use
 
     def kept_heads(self, operand: int, axis: int, heads: int) -> int:
         """Heads left on an axis that holds ``heads`` equal blocks."""
@@ -348,9 +358,10 @@ def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surg
     """Carry ``array``, which broadcasts to what ``name`` holds, through biases and scales to the addition that joins the residual."""
     view = anatomy.view
     while True:
+        name = _reunited(anatomy, name, array.size)
         if any(is_norm(node) for node, _ in view.consumers[name]):
             name, array = _normalised(anatomy, name, array)
-        ((node, slot),) = view.consumers[name]
+        ((node, slot),) = [reader for reader in view.consumers[name] if reader[0].op not in MEASURES]
         others = [other for position, other in enumerate(node.inputs) if other and position != slot]
         values = [value for other in others if (value := view.value(other)) is not None]
         if node.op in ("Add", "Sum") and not all(view.is_constant(other) for other in others):
@@ -396,12 +407,30 @@ def _normalised(anatomy: Anatomy, name: str, array: np.ndarray) -> tuple[str, np
 _RESHAPING = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose".split())
 
 
+def _reunited(anatomy: Anatomy, name: str, width: int) -> str:
+    """Where a tensor is cut in pieces that are joined again, as a roll does: the tensor in which they are."""
+    view = anatomy.view
+    while True:
+        pieces = {node.index: node for node, _ in view.consumers[name] if node.op not in MEASURES}
+        joins = {reader.index: reader for node in pieces.values() for piece in node.outputs for reader, _ in view.consumers.get(piece, ())}
+        if len(pieces) < 2 or len(joins) != 1 or not all(_keeps_last_axis(anatomy, node, width) for node in pieces.values()):
+            return name
+        (join,) = joins.values()
+        if join.op != "Concat" or not _keeps_last_axis(anatomy, join, width):
+            return name
+        name = join.outputs[0]
+
+
 def _keeps_last_axis(anatomy: Anatomy, node: Node, width: int) -> bool:
     before, after = anatomy.profile.shape(node.inputs[0]), anatomy.profile.shape(node.outputs[0])
     if not before or not after or before[-1] != width or after[-1] != width:
         return False
     if node.op == "Transpose":
         return bool(node.attrs.get("perm", [0])[-1] == len(before) - 1)
+    if node.op in MOVING:
+        found = links(node, Shapes(anatomy.view, anatomy.profile, node)) or ()
+        ties = [link for link in found if isinstance(link, Tie) and (link.a, link.axis_a) == (0, len(before) - 1)]
+        return any(tie.index_a is None and tie.axis_b == len(after) - 1 for tie in ties)
     return node.op in ("Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 

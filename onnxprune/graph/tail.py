@@ -1,4 +1,7 @@
-"""The tail of a branch: what its last product passes, biases, scales and perhaps a normalisation, before it joins the residual stream."""
+"""The tail of a branch: what its last product passes before it joins the residual stream.
+
+That is biases and scales, perhaps a normalisation, and in networks that attend in windows the way back of the windows to the image.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from dataclasses import dataclass
 from onnxprune.graph.view import GraphView, Node
 
 PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
+MOVING = frozenset("Slice Split Concat Gather Transpose".split())
+"""Operators that put rows elsewhere: windows back to their image, a shifted image back to its place."""
 FUSED_RESIDUAL = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 _NORMS = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalization".split())
 _NORM_PARTS = frozenset("Pow ReduceMean Sqrt Reciprocal Sub".split())
 _ARITHMETIC = frozenset("Add Sum Mul Div".split())
-_LONGEST = 24
+MEASURES = frozenset({"Shape", "Size"})
+_LONGEST = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +33,9 @@ class Tail:
 def follow_tail(view: GraphView, tensor: str) -> Tail | None:
     """Everything that is computed from ``tensor`` and constants alone up to the one addition of another activation.
 
-    A normalisation may stand on the way, as one operator or spelled out (Gemma 2 and 3 normalise the result of every sublayer). None if
-    something else comes first, or a node reads the tensor for something else.
+    A normalisation may stand on the way, as one operator or spelled out (Gemma 2 and 3 normalise the result of every sublayer), and rows
+    may move (Swin merges windows and rolls the image back). None if something else comes first, or a node reads the tensor for something
+    else.
     """
     inside, nodes, exits = {tensor}, [], []
     pending: list[int] = []
@@ -48,8 +55,10 @@ def follow_tail(view: GraphView, tensor: str) -> Tail | None:
         return None
     while pending:
         node = view.nodes[heapq.heappop(pending)]  # in topological order: what leads to a node has been seen before it
-        operands = node.inputs[:1] if node.op in PASSING else node.inputs  # a target shape is no value
+        operands = node.inputs if node.op == "Concat" or not _passes(node) else node.inputs[:1]  # a target shape is no value
         foreign = [name for name in operands if name and name not in inside and not view.is_constant(name)]
+        if node.op in MEASURES:
+            continue
         if foreign or not _belongs(node):
             exits.append(node)
             continue
@@ -67,8 +76,12 @@ def follow_tail(view: GraphView, tensor: str) -> Tail | None:
     return Tail(tuple(nodes), ends[0], join)
 
 
+def _passes(node: Node) -> bool:
+    return node.op in PASSING or node.op in MOVING
+
+
 def _belongs(node: Node) -> bool:
-    return node.op in PASSING or node.op in _ARITHMETIC or is_norm(node)
+    return _passes(node) or node.op in _ARITHMETIC or is_norm(node)
 
 
 def is_norm(node: Node) -> bool:
