@@ -65,7 +65,9 @@ class Tables:
             curves[site] = integer + share * (self.floats.curves[site] - integer)
         share = _float_share([group for group in groups if group.site not in curves], floats)
         fixed = self.integers.fixed + share * (self.floats.fixed - self.integers.fixed)
-        return CostTable(self.integers.unit, fixed, curves)
+        both = zip(self.integers.pairs, self.floats.pairs, strict=True)
+        pairs = tuple(replace(integer, cost=integer.cost + share * (full.cost - integer.cost)) for integer, full in both)
+        return CostTable(self.integers.unit, fixed, curves, pairs)
 
     def plausible(self) -> Tables:
         """Float costs at least its part in proportion to the units kept more than int8.
@@ -76,7 +78,7 @@ class Tables:
         for site, integer in self.integers.curves.items():
             more = self.floats.curves[site] - integer
             curves[site] = integer + np.maximum(more, more[-1] * np.arange(len(more)) / (len(more) - 1))
-        return Tables(CostTable(self.floats.unit, self.floats.fixed, curves), self.integers)
+        return Tables(replace(self.floats, curves=curves), self.integers)
 
     def scaled(self, factor: float) -> Tables:
         return Tables(self.floats.scaled(factor), self.integers.scaled(factor))
