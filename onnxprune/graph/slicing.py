@@ -185,7 +185,7 @@ def _resize_target(patient: _Patient, slot: int, align_right: bool) -> None:
         if seen is None:
             raise SlicingError(f"{node}: the shape operand {name} was not seen when the model ran")
         values, known = np.array(seen[0]), seen[1]
-    change = np.zeros(values.shape, bool)
+    change, shares = np.zeros(values.shape, bool), np.ones((2, *values.shape), np.int64)
     for axis in range(len(output)):
         stays = patient.stays(-1, axis)
         position = axis - (len(output) - len(values)) if align_right else axis
@@ -193,11 +193,24 @@ def _resize_target(patient: _Patient, slot: int, align_right: bool) -> None:
             continue
         if known[position] and values[position] == output[axis] != 1:
             values[position], change[position] = int(stays.sum()), True
-        elif not known[position] and patient.anatomy.profile.dim(node.outputs[0], axis) is None and not (values[known] == -1).any():
-            values[position], change[position] = -1, True  # a merged dynamic axis, batch x heads: let the runtime infer it
+        elif not known[position] and patient.anatomy.profile.dim(node.outputs[0], axis) is None:
+            if (values[known] == -1).any():
+                shares[:, position] = stays.sum(), len(stays)
+            else:
+                values[position], change[position] = -1, True  # a merged dynamic axis, batch x heads: let the runtime infer it
+    free = np.flatnonzero(~known & ~change & (shares == 1).all(axis=0))
+    if node.op == "Reshape" and change.any() and len(free) and not (values[known | change] == -1).any():
+        # It may be computed from the shape of what is cut, as batch = rows / heads; inferring one size is always right.
+        values[free[0]], change[free[0]] = -1, True
+    surgeon = patient.surgeon
+    if (shares != 1).any():  # a merged dynamic axis whose target infers another one: batch x heads times the share of heads that stay
+        part, whole = (surgeon.constant(column, name) for column in shares)
+        product, quotient = surgeon.variable(name, np.int64), surgeon.variable(name, np.int64)
+        surgeon.add("Mul", [patient.edit.inputs[slot], part], product, node.name)
+        surgeon.add("Div", [product, whole], quotient, node.name)
+        patient.edit.inputs[slot] = quotient
     if not change.any():
         return
-    surgeon = patient.surgeon
     if known.all():
         patient.edit.inputs[slot] = surgeon.constant(values, name)
         return

@@ -272,9 +272,9 @@ def per_head_bias(how: str) -> onnx.ModelProto:
     return net.done(net.add("x", net.attention("x", bias)))
 
 
-@form(BLOCK)
+@form({"layer.0.heads": HEADS, "layer.1.heads": HEADS})
 def bias_shared_by_layers() -> onnx.ModelProto:
-    """T5: one table of relative positions for all layers, so that a head is one unit through all of them."""
+    """T5: one table of relative positions for all layers, each of which takes the columns of its own heads."""
     net = Net()
     length = net("Squeeze", net("Shape", "x", start=1, end=2), net.ints(0))
     steps = net("Range", net.constant(np.int64(0)), length, net.constant(np.int64(1)))
@@ -400,6 +400,26 @@ def sum_instead_of_add() -> onnx.ModelProto:
     net = Net()
     y = net("Sum", "x", net.attention("x"))
     return net.done(net("Sum", net.linear(net("Relu", net.linear(y, WIDTH, FFN)), FFN, WIDTH, bias=False), net.weight(WIDTH), y))
+
+
+@form(BLOCK, "heads inferred", "tokens inferred")
+def rows_of_batch_and_heads(how: str) -> onnx.ModelProto:
+    """Bloom: [batch x heads, tokens, depth]. TorchScript divides the rows by the heads to get the batch back."""
+    net = Net()
+    parts = [net.heads(net.linear("x")) for _ in range(3)]
+    batch, tokens = (net("Gather", net("Shape", "x"), net.ints(axis), axis=0) for axis in (0, 1))
+    rows = net("Mul", batch, net.ints(HEADS))
+    if how == "heads inferred":
+        target = net("Concat", net.ints(-1), tokens, net.ints(DEPTH), axis=0)
+    else:
+        target = net("Concat", rows, net.ints(-1), net.ints(DEPTH), axis=0)
+    q, k, v = (net("Reshape", part, target) for part in parts)
+    probabilities = net("Softmax", net("MatMul", q, net("Transpose", k, perm=[0, 2, 1])), axis=2)
+    context = net("MatMul", probabilities, v)
+    found = net("Div", net("Gather", net("Shape", context), net.ints(0), axis=0), net.ints(HEADS))
+    back = net("Reshape", context, net("Concat", found, net.ints(HEADS), tokens, net.ints(DEPTH), axis=0))
+    flat = net("Reshape", net("Transpose", back, perm=[0, 2, 1, 3]), net.ints(0, 0, HEADS * DEPTH))
+    return net.done(net.add("x", net.linear(flat)))
 
 
 @pytest.mark.parametrize(("name", "sites", "build"), FORMS, ids=[name for name, _, _ in FORMS])
