@@ -24,8 +24,10 @@ from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.explain import explain
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
+from onnxprune.graph.paged import open_model
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of
 from onnxprune.graph.slicing import slice_model
+from onnxprune.graph.storage import release
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish
@@ -247,7 +249,9 @@ def prune(
         raise failure(f"no model was written ({advice})")
     written = _save(result, target_file, external_data, decision, chosen) if target_file is not None else None
     measured = None
-    if bench_seconds > 0:
+    if bench_seconds > 0 and not chosen.may_time(given):
+        log.warning("latency is not compared: whole sessions of a model this large would be open side by side; onnxprune bench does it")
+    elif bench_seconds > 0:
         tell("benchmark", 0, 1)
         chain = _chain(decision)
         record["chain"] = _losses(chain, decision, chosen, comparison)
@@ -293,7 +297,8 @@ def apply(
         )
     canonical, profile = canonicalise(given, feeds_of_shapes(given, decided.example))
     result = execute(study(canonical, profile), decided)
-    open_session(result)
+    open_session(result, optimize=not result.paged, pack=not result.paged)
+    release(result.weights.values())
     if target is not None:
         result.save(target, external_data)
     return result
@@ -443,7 +448,7 @@ def _qualities(models: Mapping[str, Model], data: CalibrationData, options: Runt
 
 
 def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
-    run(open_session(result, chosen.runtime), cut_feeds(result, decision.request))
+    run(open_model(result, chosen.runtime), cut_feeds(result, decision.request))
     rows = decision.held_back.take(slice(0, _FIDELITY_ROWS))
     kept = {site: np.array(units, np.int64) for site, units in decision.plan.kept.items()}
     fidelity = masked_equals_sliced(decision.study.anatomy, kept, rows, chosen.runtime, decision.objective.output)
@@ -536,9 +541,11 @@ def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> F
 
 def _save(result: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
     """Write the model, then open the file in onnxruntime as a user will, and compare."""
-    expected = run(open_session(result, chosen.runtime), cut_feeds(result, decision.request))
+    feeds = cut_feeds(result, decision.request)
+    expected = run(open_model(result, chosen.runtime), feeds)
     written = result.save(target, external_data)
-    found = run(open_session(str(written), chosen.runtime), cut_feeds(result, decision.request))
+    whole = open_session(str(written), chosen.runtime, optimize=not result.paged, pack=not result.paged)
+    found = run(whole, feeds)
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape or not np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
             written.unlink()

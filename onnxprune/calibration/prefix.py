@@ -10,6 +10,7 @@ from onnxprune.calibration.data import Batch
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.cutting import Frontier, cut_piece
 from onnxprune.graph.model import Model
+from onnxprune.graph.storage import release
 from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 
@@ -47,3 +48,5 @@ class Prefix:
             for name in [name for name in known if name not in live and name not in self._inputs]:
                 del known[name]
             yield result
+        if piece.model is not None:
+            release(piece.model.weights.values())

@@ -11,6 +11,7 @@ from onnxprune.calibration.data import Batch, CalibrationData
 from onnxprune.errors import InputError
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.model import Model
+from onnxprune.graph.paged import run_batches
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,10 @@ def stream(
     rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-    """Yield ``(batch, outputs by name)`` for all rows of ``data``, in one session.
+    """Yield ``(batch, outputs by name)`` for all rows of ``data``: in one session, of a paged model in one after the other.
 
-    A model that lost heads of its cache gets the caches of ``data`` without them. Batches are trimmed to their longest row and come in order of length; ``batch.index`` says which rows they are.
+    A model that lost heads of its cache gets the caches of ``data`` without them. Batches are trimmed to their longest row and come in
+    order of length; ``batch.index`` says which rows they are.
 
     Args:
         outputs: names of graph outputs to fetch, None for all.
@@ -46,9 +48,13 @@ def stream(
         RuntimeUnavailable: the provider did not start.
     """
     names = list(outputs) if outputs is not None else list(model.output_names)
-    session = open_session(model, options)
     order = data.order(trim=True)
     size = data.fixed_rows or rows or DEFAULT_ROWS
+    if model.paged:
+        yield from _in_pieces(model, [data.batch(order[start : start + size], trim=True) for start in range(0, len(order), size)],
+                              names, options, extra, progress)
+        return
+    session = open_session(model, options)
     done = 0
     while done < len(order):
         batch = data.batch(order[done : done + size], trim=True)
@@ -65,6 +71,23 @@ def stream(
         done += int(batch.valid.sum())
         if progress:
             progress(done, len(order))
+
+
+def _in_pieces(
+    model: Model,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    options: RuntimeOptions | None,
+    extra: Callable[[Batch], Feeds] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    feeds = [{**cut_feeds(model, batch.feeds), **(extra(batch) if extra else {})} for batch in batches]
+    total, done = sum(int(batch.valid.sum()) for batch in batches), 0
+    for batch, values in zip(batches, run_batches(model, feeds, names, options), strict=True):
+        yield batch, dict(zip(names, values, strict=True))
+        done += int(batch.valid.sum())
+        if progress:
+            progress(done, total)
 
 
 def _short_of_memory(error: BaseException) -> bool:

@@ -61,6 +61,7 @@ def cut_piece(view: GraphView, nodes: list[int], outputs: Iterable[str], known: 
     read = dict.fromkeys(name for name in needed if name and name not in made)
     fed = [name for name in read if name in known]
     proto = onnx.ModelProto(ir_version=model.proto.ir_version, opset_import=model.proto.opset_import)
+    proto.functions.extend(model.proto.functions)
     proto.graph.name = "piece"
     proto.graph.node.extend(node.proto for node in chosen)
     proto.graph.initializer.extend(tensor for tensor in model.proto.graph.initializer if tensor.name in read)

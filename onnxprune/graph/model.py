@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto, external_data_helper, numpy_helper
 
 from onnxprune.errors import InputError
+from onnxprune.graph import storage
 
 INLINE_BYTES = 1024
 """Initializers up to this size (shape constants, scales, small biases) stay inside the skeleton."""
@@ -56,18 +57,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """A skeleton and its weights. Treat both as immutable: edits return a new Model that shares untouched arrays."""
+    """A skeleton and its weights. Treat both as immutable: edits return a new Model that shares untouched arrays.
+
+    ``paged``: the model was loaded with more weights than :data:`onnxprune.graph.storage.LARGE_BYTES`. It and everything made from it keeps
+    its weights in files and runs piece by piece.
+    """
 
     proto: onnx.ModelProto
     weights: Mapping[str, np.ndarray]
     source: Source | None = field(default=None, compare=False)
+    paged: bool = field(default=False, compare=False)
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto, source: Source | None = None) -> Model:
         """Split a complete ModelProto into skeleton and weights. The argument is not modified."""
         skeleton = onnx.ModelProto()
         skeleton.CopyFrom(proto)
-        return cls(skeleton, _take_weights(skeleton), source)
+        weights = _take_weights(skeleton)
+        return cls(skeleton, weights, source, _is_large(weights))
 
     def with_proto(self, proto: onnx.ModelProto, weights: Mapping[str, np.ndarray] | None = None) -> Model:
         """A model around an edited skeleton; large initializers it gained are moved to the weights, unused ones dropped."""
@@ -141,14 +148,15 @@ class Model:
 
         Args:
             path: target file; its directory must exist.
-            external_data: weights in ``<name>.data`` beside the file; None does so only above :data:`EXTERNAL_DATA_BYTES`.
+            external_data: weights in ``<name>.data`` beside the file; None does so above :data:`EXTERNAL_DATA_BYTES` and for paged models,
+                whose weights are then never in memory together.
 
         Raises:
             InputError: the path cannot be written.
         """
         target = Path(path)
         if external_data is None:
-            external_data = self.weight_bytes > EXTERNAL_DATA_BYTES
+            external_data = self.paged or self.weight_bytes > EXTERNAL_DATA_BYTES
         elif not external_data and self.weight_bytes > EXTERNAL_DATA_BYTES:
             raise InputError(f"{target} would pass the 2 GiB limit of one file ({self.weight_bytes} bytes of weights); use external data")
         try:
@@ -174,6 +182,7 @@ class Model:
                     aligned = -(-offset // 4096) * 4096
                     stream.write(b"\0" * (aligned - offset))
                     stream.write(np.ascontiguousarray(array).data)
+                    storage.release([array])
                     _point(tensor, data.name, aligned, array.nbytes)
                     offset = aligned + array.nbytes
             with atomic_file(target) as temporary:
@@ -239,7 +248,11 @@ def _from_bytes(raw: bytes, path: Path | None) -> Model:
             digest = _extend(digest, stream)
         size += file.stat().st_size
     weights = _take_weights(proto, path)
-    return Model(proto, weights, Source(path, digest.hexdigest(), size, files))
+    return Model(proto, weights, Source(path, digest.hexdigest(), size, files), _is_large(weights))
+
+
+def _is_large(weights: Mapping[str, np.ndarray]) -> bool:
+    return sum(array.nbytes for array in weights.values()) > storage.LARGE_BYTES
 
 
 def _check_names(graph: onnx.GraphProto, label: str) -> None:
@@ -311,12 +324,13 @@ def _take_weights(proto: onnx.ModelProto, path: Path | None = None) -> dict[str,
     Types that numpy or onnxruntime's Python side cannot share, and tensors of inner graphs, are read into the skeleton instead.
     """
     weights: dict[str, np.ndarray] = {}
+    mapped: dict[Path, np.ndarray] = {}
     for tensor in proto.graph.initializer:
         external = external_data_helper.uses_external_data(tensor)
         if (external and _place(tensor).location == _PLACEHOLDER) or tensor.data_type not in _WEIGHT_TYPES:
             continue
         if external:
-            array = _read_external(tensor, path)
+            array = _read_external(tensor, path, mapped)
         elif tensor.ByteSize() > INLINE_BYTES:
             array = _to_array(tensor)
         else:
@@ -336,7 +350,8 @@ def _to_array(tensor: TensorProto) -> np.ndarray:
         raise InputError(f"initializer {tensor.name!r} is corrupt: its values do not fill shape {list(tensor.dims)} ({error})") from error
 
 
-def _read_external(tensor: TensorProto, model: Path | None) -> np.ndarray:
+def _read_external(tensor: TensorProto, model: Path | None, mapped: dict[Path, np.ndarray]) -> np.ndarray:
+    """A view of the file, which is mapped once: a mapping of every tensor's own takes a file handle each."""
     place = _place(tensor)
     file = _external_file(place.location, model)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -344,9 +359,9 @@ def _read_external(tensor: TensorProto, model: Path | None) -> np.ndarray:
     expected = prod(shape) * dtype.itemsize
     if file.stat().st_size < place.offset + expected:
         raise InputError(f"external data file {file} is truncated: {tensor.name!r} needs {expected} bytes at offset {place.offset}")
-    if expected == 0:
-        return np.zeros(shape, dtype)
-    return np.memmap(file, dtype=dtype, mode="r", offset=place.offset, shape=shape)
+    if file not in mapped:
+        mapped[file] = storage.map_file(file)
+    return storage.view_of(mapped[file], dtype, shape, place.offset)
 
 
 def _load_inline(tensor: TensorProto, model: Path | None) -> None:

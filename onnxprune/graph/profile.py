@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from onnx import TensorProto, helper
 from onnxprune.errors import InputError
 from onnxprune.graph.caches import cache_pairs
 from onnxprune.graph.model import Model
+from onnxprune.graph.paged import open_model
 from onnxprune.graph.view import GraphView
-from onnxprune.runtime.session import open_session, run
+from onnxprune.runtime.session import run
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def _integer_tensors(model: Model) -> set[str]:
 
 def _open_probe(model: Model) -> tuple[Any, Watched]:
     probe, watched = _probe(model, GraphView(model))
-    return open_session(probe, weights=model.weights, optimize=False), watched
+    return open_model(replace(model, proto=probe), optimize=False), watched
 
 
 def _run_samples(model: Model, session: Any, samples: Mapping[str, np.ndarray], watched: Watched) -> list[Run]:

@@ -11,6 +11,7 @@ from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxprune.graph.model import INLINE_BYTES, Model, is_placeholder, placeholder
+from onnxprune.graph.storage import Scratch, release
 from onnxprune.graph.view import bodies
 
 
@@ -27,6 +28,7 @@ class Surgeon:
         self.nodes: list[gs.Node] = list(self.graph.nodes)
         self.tensors: dict[str, gs.Tensor] = self.graph.tensors()
         self.weights: dict[str, np.ndarray] = {}
+        self._scratch = Scratch() if model.paged else None
         self._fresh = 0
 
     def constant(self, array: np.ndarray, like: str) -> gs.Constant:
@@ -38,7 +40,11 @@ class Surgeon:
         else:
             proto = TensorProto(name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
             placeholder(proto, array.nbytes)
-            self.weights[name] = array
+            if self._scratch is None:
+                self.weights[name] = array
+            else:
+                self._scratch.add(name, array)
+                release([array, *([self.model.weights[like]] if like in self.model.weights else [])])
             tensor = gs.Constant(name, LazyValues(proto), data_location=TensorProto.EXTERNAL)
         self.tensors[name] = tensor
         return tensor
@@ -76,6 +82,8 @@ class Surgeon:
         proto.metadata_props.extend(before.metadata_props)
         _carry_graph(before.graph, proto.graph)
         _lift_weights(proto.graph)
+        if self._scratch is not None:
+            self.weights.update(self._scratch.close())
         return self.model.with_proto(proto, self.weights)
 
 

@@ -21,6 +21,7 @@ from onnxprune.graph.anatomy import Site
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.macs import count_macs
+from onnxprune.graph.paged import run_batches
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import cuts_of
 from onnxprune.passes.base import exact
@@ -44,7 +45,6 @@ from onnxprune.passes.scope import Settings, Study
 from onnxprune.passes.shipping import Shipping, choose_shipping
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
-from onnxprune.runtime.session import open_session, run
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs, shipped_bytes
 from onnxprune.search.plan import Plan, recipe_dict
 from onnxprune.verification import Comparison, Yardstick, compare
@@ -144,10 +144,11 @@ class _Search:
         anatomy = self.study.anatomy
         tensor = self.objective.tensor
         batches = list(self.calibration.batches(self._batch_rows(), trim=True))
-        session = open_session(with_outputs(anatomy.model, [tensor], keep=False), self.settings.runtime)
+        dense = with_outputs(anatomy.model, [tensor], keep=False)
         targets = Targets(self.objective, batches, self.settings.loss, recipe.seed)
-        for number, batch in enumerate(batches):
-            targets.add(run(session, batch.feeds, [tensor])[0])
+        outputs = run_batches(dense, [batch.feeds for batch in batches], [tensor], self.settings.runtime)
+        for number, (values,) in enumerate(outputs):
+            targets.add(values)
             if self.progress:
                 self.progress("dense outputs", number + 1, len(batches))
         return Workbench(anatomy, self.study.sites, self.objective, batches, targets, self.settings.runtime, recipe, self.progress)

@@ -23,6 +23,7 @@ from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import Kept, kept_positions
+from onnxprune.graph.storage import stored
 from onnxprune.graph.view import GraphView, Node
 from onnxprune.passes.readers import Constants, Patches, Reader, reader_of
 from onnxprune.passes.scoring import student_labels
@@ -99,6 +100,7 @@ def refit(
             fitted, held = _accumulate(stage, teacher_run, student_run, batches, row_weight)
             new, report = _solve(student_run.view, stage, fitted, held, method)
         if new:
+            new = stored(new) if student.paged else new
             student = replace_constants(student, new, "~refit")
             student_run.replace(student)
             changes.update({(student_run.view.nodes[index].name, slot): array for (index, slot), array in new.items()})

@@ -122,8 +122,10 @@ def score(bench: Workbench, student: Student, draw: int) -> Scores:
     )
     empty = np.zeros(0)
     if name == "block-fisher":
-        parts = list(batches)
-        gradients = {site: np.concatenate([part[site] for part in parts]) for site in parts[0]}
+        parts: dict[str, list[np.ndarray]] = {}
+        for site, values in (item for batch in batches for item in batch.items()):
+            parts.setdefault(site, []).append(values)
+        gradients = {site: np.concatenate(values) for site, values in parts.items()}
         return Scores({site.name: diagonal(gradients[site.name]) if site.name in gradients else empty for site in bench.sites}, gradients)
     sums = fisher_sums(batches)
     return Scores({site.name: sums.mean(site.name) if site.name in sums else empty for site in bench.sites})

@@ -39,6 +39,10 @@ class Settings:
     finishing: bool = True
     int8: Int8Choice = "auto"
 
+    def may_time(self, model: Model) -> bool:
+        """Whether whole sessions of ``model`` may be open side by side: not of a large one, unless milliseconds are what was asked for."""
+        return not model.paged or self.target.quantity == "latency"
+
 
 @dataclass(frozen=True, eq=False)
 class Study:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,9 @@ from onnx import helper
 
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
+from onnxprune.calibration.prefix import Prefix
 from onnxprune.calibration.statistics import Statistics
+from onnxprune.calibration.sweep import sweep
 from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Consumer, Site
 from onnxprune.graph.autodiff import Tap, gradient_model
@@ -18,6 +21,7 @@ from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept
+from onnxprune.graph.storage import release
 from onnxprune.graph.view import GraphView
 from onnxprune.importance import local
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
@@ -51,7 +55,10 @@ def mask_gradients(
     options: RuntimeOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units]."""
+    """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units].
+
+    A paged student is walked piece by piece: all batches of the last sites come first, and a batch comes once for each group of sites.
+    """
     alive = [site for site in sites if len(kept[site.name])]
     student, reads = _own_reads(student, alive)
     taps = [
@@ -59,17 +66,49 @@ def mask_gradients(
         for site in alive
         for position, (consumer, tensor) in enumerate(_distinct(site, reads))
     ]
+    if student.paged:
+        yield from _swept(student, taps, objective, targets, draw, options, progress)
+        return
     samples = cut_feeds(student, targets.batches[0].feeds)
     session = open_session(gradient_model(student, taps, objective.tensor, objective.link, samples=samples), options)
     for number, batch in enumerate(targets.batches):
         values = run(session, {**cut_feeds(student, batch.feeds), **targets.feeds(number, draw)}, [GRAD + tap.name for tap in taps])
         found: dict[str, np.ndarray] = {}
         for tap, value in zip(taps, values, strict=True):
-            name = tap.name.rsplit("#", 1)[0]
+            name = _site_of(tap)
             found[name] = found[name] + value[batch.valid] if name in found else value[batch.valid]
         yield found
         if progress:
             progress(number + 1, len(targets.batches))
+
+
+def _swept(
+    student: Model,
+    taps: Sequence[Tap],
+    objective: Objective,
+    targets: Targets,
+    draw: int,
+    options: RuntimeOptions,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Gradients of a site come together once the last of its taps is there."""
+    waiting: dict[str, dict[str, list[np.ndarray]]] = {}
+    number_of = Counter(_site_of(tap) for tap in taps)
+    total = 0
+    for left, found in sweep(student, taps, objective, targets, draw, options):
+        total = total or left + 1
+        for name, values in found.items():
+            waiting.setdefault(name.rsplit("#", 1)[0], {})[name] = values
+        ready = [site for site, parts in waiting.items() if len(parts) == number_of[site]]
+        complete = {site: list(waiting.pop(site).values()) for site in ready}
+        for number, batch in enumerate(targets.batches if complete else ()):
+            yield {site: np.sum([part[number][batch.valid] for part in parts], axis=0) for site, parts in complete.items()}
+        if progress:
+            progress(total - left, total)
+
+
+def _site_of(tap: Tap) -> str:
+    return tap.name.rsplit("#", 1)[0]
 
 
 def fisher_sums(gradients: Iterable[dict[str, np.ndarray]]) -> Statistics:
@@ -130,18 +169,35 @@ def gram_matrices(
     """Mean of x'x over the real tokens x [1, kept positions] that the consumer of each site reads: site -> float64 square matrix."""
     alive = [site for site in sites if len(kept[site.name])]
     tensors = [site.consumers[0].tensor for site in alive]
-    session = open_session(with_outputs(student, tensors, keep=False), options)
     sums: dict[str, np.ndarray] = {}
+    session = open_session(with_outputs(student, tensors, keep=False), options)
     rows = dict.fromkeys((site.name for site in alive), 0)
     for batch in batches:
         for site, value in zip(alive, run(session, cut_feeds(student, batch.feeds), tensors), strict=True):
-            x = np.moveaxis(value, site.consumers[0].axis, -1)
-            x = x.reshape(-1, x.shape[-1])
-            x = x[batch.real_rows(len(x))]
+            x = _rows_read(site, batch, value)
             gram = (x.T @ x).astype(np.float64)
             sums[site.name] = sums[site.name] + gram if site.name in sums else gram
             rows[site.name] += len(x)
     return {name: gram / max(rows[name], 1) for name, gram in sums.items()}
+
+
+def _rows_read(site: Site, batch: Batch, value: np.ndarray) -> np.ndarray:
+    """What the consumer of a site reads at real tokens, [rows, kept positions]."""
+    x = np.moveaxis(value, site.consumers[0].axis, -1)
+    x = x.reshape(-1, x.shape[-1])
+    return np.asarray(x[batch.real_rows(len(x))])
+
+
+def _gram_by_gram(
+    student: Model, sites: Sequence[Site], kept: Kept, batches: Sequence[Batch], options: RuntimeOptions
+) -> Iterator[tuple[Site, np.ndarray]]:
+    """The matrices of :func:`gram_matrices`, one at a time in the order of the graph: together they would be larger than the weights."""
+    prefix = Prefix(student, batches, options)
+    for site in sorted((site for site in sites if len(kept[site.name])), key=lambda site: site.order):
+        tensor = site.consumers[0].tensor
+        parts = [_rows_read(site, batch, value) for batch, (value,) in zip(batches, prefix.advance([tensor], [tensor]), strict=True)]
+        total = sum((part.T @ part).astype(np.float64) for part in parts)
+        yield site, np.asarray(total / max(sum(map(len, parts)), 1))
 
 
 def local_scores(
@@ -155,13 +211,18 @@ def local_scores(
     """Scores that need no gradient: magnitude, energy, obs."""
     view = GraphView(student)
     by_name = {node.name: node for node in view.nodes}
-    grams: Mapping[str, np.ndarray] = {} if criterion == "magnitude" else gram_matrices(student, sites, kept, batches, options)
-    scores = {}
-    for site in sites:
+    alive = [site for site in sites if len(kept[site.name])]
+    grams: Iterable[tuple[Site, np.ndarray]]
+    if criterion == "magnitude":
+        grams = [(site, np.zeros((0, 0))) for site in alive]
+    elif student.paged:
+        grams = _gram_by_gram(student, sites, kept, batches, options)
+    else:
+        found = gram_matrices(student, sites, kept, batches, options)
+        grams = [(site, found[site.name]) for site in alive]
+    scores = {site.name: np.zeros(0) for site in sites}
+    for site, gram in grams:
         count = len(kept[site.name])
-        if not count:
-            scores[site.name] = np.zeros(0)
-            continue
         consumer = site.consumers[0]
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
         assert weight is not None
@@ -172,7 +233,9 @@ def local_scores(
         if criterion == "magnitude":
             scores[site.name] = local.magnitude(rows, labels, count)
         elif criterion == "energy":
-            scores[site.name] = local.energy(rows, grams[site.name], labels, count)
+            scores[site.name] = local.energy(rows, gram, labels, count)
         else:
-            scores[site.name] = local.obs(rows, grams[site.name], labels, count)
+            scores[site.name] = local.obs(rows, gram, labels, count)
+        if student.paged:
+            release([weight])
     return scores

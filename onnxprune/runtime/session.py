@@ -82,6 +82,7 @@ def open_session(
     *,
     weights: Mapping[str, np.ndarray] | None = None,
     optimize: bool = True,
+    pack: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Create a session on the provider asked for.
 
@@ -89,6 +90,7 @@ def open_session(
         model: a :class:`Model` (its weights are shared with the session, not copied), a ModelProto, its bytes, or a path.
         weights: values for placeholder initializers when ``model`` is a skeleton ModelProto.
         optimize: False switches graph optimizations off, for graphs that run once.
+        pack: False keeps matrices as they are instead of copying them into another order: slower runs, no memory of its own for weights.
 
     Raises:
         RuntimeUnavailable: the provider is unknown to this build or did not start.
@@ -109,6 +111,8 @@ def open_session(
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimize:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not pack:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     payload, shared = _payload(model, weights)
     if shared:
         names = list(shared)

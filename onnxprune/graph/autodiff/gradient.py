@@ -74,10 +74,10 @@ def gradient_model(
     if profile is None or lowered is not model:
         profile = take_profile(lowered, samples)
     tape = Tape(_alive(lowered, [output, *(tap.tensor for tap in taps)]), profile)
-    seed = _seed(tape, output, link)
+    seed = seed_of(tape, output, link)
     adjoints = differentiate(tape, {output: seed}, list(dict.fromkeys(tap.tensor for tap in taps)))
     for tap in taps:
-        _emit_tap(tape, tap, adjoints.get(tap.tensor))
+        emit_tap(tape, tap, adjoints.get(tap.tensor))
     graph = tape.proto.graph
     graph.node.extend(tape.nodes)
     rank = len(tape.dims(output)[0])
@@ -85,10 +85,10 @@ def gradient_model(
     graph.input.append(helper.make_tensor_value_info(WEIGHT, TensorProto.FLOAT, [None] * (rank - 1)))
     del graph.output[:]
     graph.output.extend(helper.make_tensor_value_info(GRADIENT + tap.name, TensorProto.FLOAT, [None, tap.units]) for tap in taps)
-    return _drop_dead(tape.model.with_proto(tape.proto))
+    return drop_dead(tape.model.with_proto(tape.proto))
 
 
-def _seed(tape: Tape, output: str, link: Link) -> str:
+def seed_of(tape: Tape, output: str, link: Link) -> str:
     """Adjoint of the output: weight * (prediction - target)."""
     dtype = tape.type_of(output) or TensorProto.FLOAT
     target, weight = (TARGET, WEIGHT) if dtype == TensorProto.FLOAT else (tape.op("Cast", name, to=dtype) for name in (TARGET, WEIGHT))
@@ -97,7 +97,7 @@ def _seed(tape: Tape, output: str, link: Link) -> str:
     return tape.op("Mul", tape.op("Sub", prediction, target), tape.unsqueeze(weight, rank - 1))
 
 
-def _emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
+def emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
     """activation * adjoint, summed over everything but sample and unit."""
     dims = tape.dims(tap.tensor)
     rank = len(dims[0])
@@ -167,7 +167,7 @@ def _alive(model: Model, tensors: Sequence[str]) -> Model:
     return model.with_proto(proto)
 
 
-def _drop_dead(model: Model) -> Model:
+def drop_dead(model: Model) -> Model:
     """Without nodes and initializers that no output needs."""
     view = GraphView(model)
     kept = view.ancestors(list(model.output_names))
