@@ -74,7 +74,9 @@ def _dims(model: Model) -> dict[str, list[int | str | None]]:
 
 
 def _fit(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Repeat or cut along every axis."""
+    """Repeat or cut along every axis; a cache of no tokens grows by zeros."""
+    if not array.size:
+        return np.zeros(shape, array.dtype)
     for axis, size in enumerate(shape):
         array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
     return np.ascontiguousarray(array)

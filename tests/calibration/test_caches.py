@@ -11,6 +11,9 @@ from onnxprune.calibration.source import load_calibration
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import shapes_of, synthetic_feeds
+from onnxprune.request import request_feeds
+from tests.architectures import exports
+from tests.architectures.entry import HEADS, HIDDEN
 
 ROWS = 9
 
@@ -71,3 +74,14 @@ def test_random_data_keeps_sums_of_dimensions(shapes: dict[str, tuple[int, ...]]
     data = load_calibration("random", decoder(), samples=ROWS, input_shapes=shapes)
     assert data.inputs["mask"].shape == (ROWS, total)
     assert data.inputs["ids"].shape[1] + data.inputs["cache"].shape[1] == total
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_caches_that_are_left_out_are_empty(single: bool) -> None:
+    model = load(exports.path("gpt2-cache"))
+    rows = {"input_ids": np.ones((ROWS, 4), np.int64), "attention_mask": np.ones((ROWS, 4), np.int64)}
+    items = [{name: array[row] for name, array in rows.items()} for row in range(ROWS)]
+    data = load_calibration(items if single else rows, model)
+    assert data.inputs["past_key_values.1.value"].shape == (ROWS, HEADS, 0, HIDDEN // HEADS)
+    grown = request_feeds(model, data, {"input_ids": (1, 1), "past_key_values.0.key": (1, HEADS, 6, 8), "attention_mask": (1, 7)})
+    assert grown["past_key_values.1.value"].shape == (1, HEADS, 6, 8)
