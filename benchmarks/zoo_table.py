@@ -54,9 +54,11 @@ network has no such form.
 
 
 def silent(cell: Cell, kind: str) -> bool:
-    """Sites are there, fewer were found, and no refusal says why."""
+    """Blocks are there, fewer were found, and no refusal says why. A pooler, refused in any case, is no reason."""
     found = cell["kinds"][kind]
-    return bool(found["as_expected"] < found["expected"] and not found["refusals"] and len(found["found"]) < found["expected"])
+    missing = found["expected"] - len(found["found"])
+    told = [refusal for refusal in found["refusals"] if not refusal["code"].endswith("02")]
+    return bool(missing > 0 and not told and len(found["refusals"]) < missing)
 
 
 def pruned(cell: Cell, kind: str) -> bool:

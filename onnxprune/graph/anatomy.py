@@ -24,7 +24,7 @@ from onnxprune.graph.experts import refuse_experts
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
 from onnxprune.graph.tail import follow_tail
-from onnxprune.graph.view import GraphView, Node
+from onnxprune.graph.view import GraphView, Node, inner_views
 
 Kind = Literal["heads", "ffn", "channels"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
@@ -134,6 +134,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
             refusals.append(Refusal("OP304", *weight))
     sites = _named(view, found)
     refusals += _uncovered_attention(view, tracer, sites, refused)
+    refusals += _inside_bodies(view)
     return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *refuse_experts(view), *no_channels])))
 
 
@@ -311,6 +312,23 @@ def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...
         reason = f"{blocked.reason} (at {where})" if blocked else "no projection with a constant weight reads its heads"
         result.append(Refusal("OP101", maker.name, reason))
     return result
+
+
+def _inside_bodies(view: GraphView) -> Iterator[Refusal]:
+    """What looks like a site in the body of an If, Loop or Scan: only the graph itself is traced."""
+    for outer, inner in inner_views(view):
+        reason = f"it lies in the body of {outer}, where nothing is traced"
+        for node in inner.nodes:
+            name = node.name or node.outputs[0]
+            if _attention_context(inner, node) is not None:
+                yield Refusal("OP101", name, reason)
+            elif (
+                node.op in _WEIGHTED
+                and len(node.inputs) > 1
+                and inner.is_constant(node.inputs[1])
+                and _looks_like_ffn(inner, node.inputs[0])
+            ):
+                yield Refusal("OP201", name, reason)
 
 
 def _single(kind: Kind, node: Node) -> Refusal:

@@ -116,6 +116,17 @@ class GraphView:
         return found
 
 
+def inner_views(view: GraphView) -> Iterator[tuple[Node, GraphView]]:
+    """(node, view of one of its bodies), at any depth. What is constant outside is an initializer without values inside."""
+    for node in view.nodes:
+        for body in bodies(node.proto):
+            proto = onnx.ModelProto(opset_import=view.model.proto.opset_import, graph=body)
+            proto.graph.initializer.extend(onnx.TensorProto(name=name) for name in sorted(captured(node.proto) & view.constants))
+            inner = GraphView(Model(proto, {}))
+            yield node, inner
+            yield from inner_views(inner)
+
+
 def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     """Subgraphs of a node (If, Loop, Scan)."""
     graphs = [[attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs for attribute in node.attribute]
