@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.architectures import ARCHITECTURES, exports
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
 FAMILIES = {
     "encoder": "Encoders of text and sound",
@@ -25,15 +27,12 @@ def write_page(cells: Sequence[Cell]) -> None:
     notes: dict[str, int] = {}
     lines = [_OPENING, "## Totals", "", *_totals(cells), ""]
     for family, title in FAMILIES.items():
-        rows = [cell for cell in cells if cell["family"] == family]
-        if not rows:
-            continue
-        columns = sorted({cell["variant"] for cell in rows}, key=[cell["variant"] for cell in cells].index)
-        lines += [f"## {title}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for name in dict.fromkeys(cell["architecture"] for cell in rows):
-            found = {cell["variant"]: cell for cell in rows if cell["architecture"] == name}
-            lines.append(f"| {name} | " + " | ".join(_text(found[c], notes) if c in found else "" for c in columns) + " |")
-        lines.append("")
+        rows = [cell for cell in cells if cell["family"] == family and cell["variant"] in exports.VARIANTS]
+        columns = [variant for variant in exports.VARIANTS if any(cell["variant"] == variant for cell in rows)]
+        lines += [f"## {title}", "", *_table(rows, "architecture", "variant", columns, notes), ""]
+    rows = [cell for cell in cells if cell["variant"] not in exports.VARIANTS]
+    columns = list(dict.fromkeys(cell["architecture"] for cell in rows))
+    lines += ["## Files made of one export", "", *_table(rows, "variant", "architecture", columns, notes), ""]
     lines += ["## Notes", "", *(f"{number}. {note}" for note, number in notes.items()), ""]
     PAGE.write_text("\n".join(lines))
 
@@ -47,10 +46,25 @@ tools write them. Made by `python -m benchmarks.zoo`; the networks are in `tests
 random masks, corner cases among them, gave the same outputs masked and sliced (to 1e-4 of the largest output, and with the
 runtime's own optimizations in every third case). Otherwise the cell names the refusal, with a note. Blocks that share weights
 or tables may be one site, whose units go together. Columns are the exporter (`do` is the dynamo exporter of torch, `ts`
-TorchScript), the opset, and the form of attention, then files that other tools made of one export. A cell is empty where a
-network has no such form.
+TorchScript), the opset, and the form of attention. A cell is empty where a network has no such form, or a tool was not tried.
+Rows that end in `-cache` take and give keys and values of earlier tokens.
 
 """
+
+
+def _table(rows: Sequence[Cell], down: str, across: str, columns: Sequence[str], notes: dict[str, int]) -> list[str]:
+    """Lines of a table whose rows and columns are two of the names of a cell."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(cell[down] for cell in rows):
+        found = {cell[across]: cell for cell in rows if cell[down] == name}
+        texts = [_text(found[column], notes) if column in found else _absent(name, column) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _absent(name: str, column: str) -> str:
+    """Nothing where a network has no such form, or a tool is not tried on it."""
+    return "not run" if name in ARCHITECTURES and column in exports.variants_of(ARCHITECTURES[name]) else ""
 
 
 def silent(cell: Cell, kind: str) -> bool:
@@ -110,4 +124,5 @@ def _text(cell: Cell, notes: dict[str, int]) -> str:
 def _note(reason: str, notes: dict[str, int]) -> str:
     """A number for a reason; names of nodes differ from file to file, and do not matter here."""
     plain = re.sub(r"\(at [^)]*\)?", "", reason).replace("|", "/").strip()
+    plain = re.sub(r"(past_key_values|present)\.\d+", r"\1.N", plain)
     return f"[{notes.setdefault(plain, len(notes) + 1)}](#notes)"
