@@ -29,8 +29,8 @@ from tests.architectures import ARCHITECTURES, Architecture, derived, exports, f
 from tests.graph.pruning import Comparison, corner_cases, random_kept
 
 MASKS = 18
-CODES = {"heads": "OP1", "ffn": "OP2", "channels": "OP3", "vocab": "OP5"}
-"""What refusals of a kind begin with."""
+CODES = {"heads": ("OP1",), "ffn": ("OP2", "OP6"), "channels": ("OP3",), "vocab": ("OP5",)}
+"""What refusals of a kind begin with; experts are FFNs."""
 Cell = dict[str, Any]
 
 
