@@ -25,12 +25,13 @@ from onnxprune.graph.explain import explain
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.paged import open_model
-from onnxprune.graph.profile import feeds_of_shapes, shapes_of
+from onnxprune.graph.profile import feeds_of_shapes, shapes_of, take_profile
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
+from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
-from onnxprune.passes.apply import execute, finish
+from onnxprune.passes.apply import execute, finish, shipped
 from onnxprune.passes.base import exact
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.manager import HELD_BACK, MISS, Decision, decide
@@ -40,7 +41,7 @@ from onnxprune.record import leave, model_facts, new_record
 from onnxprune.request import examples, made_up, request_feeds
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import measured_costs, site_macs
-from onnxprune.search.plan import Plan, load_plan
+from onnxprune.search.plan import Plan, load_plan, maps_beside, save_id_maps
 from onnxprune.search.target import Target, parse_target
 from onnxprune.verification import TOLERANCE, Comparison, Fidelity, compare, masked_equals_sliced
 
@@ -98,6 +99,8 @@ def settings(
     purpose: Purpose | None = None,
     finishing: bool = True,
     int8: Int8Choice = "auto",
+    keep_ids: str | os.PathLike[str] | None = None,
+    vocab_map: VocabMap = "graph",
     uniform: bool = False,
 ) -> Settings:
     """Check options and put them into one value.
@@ -123,6 +126,10 @@ def settings(
     for name, value, least in (("samples", samples, 8), ("rounds", rounds, 1), ("threads", threads, 0)):
         if value < least:
             raise InputError(f"--{name} {value} is too small; at least {least}")
+    if vocab_map not in ("graph", "file"):
+        raise InputError(f"unknown place of the vocabulary map {vocab_map!r}; known: graph, file")
+    if (keep_ids is not None or vocab_map != "graph") and "vocab" not in passes:
+        raise InputError(f"--keep-ids and --vocab-map say how, but vocab is not among the passes: --passes {','.join((*passes, 'vocab'))}")
     if int8 != "auto" and "int8" not in passes:
         raise InputError(f"--int8 {int8} says how, but int8 is not among the passes; add it: --passes {','.join((*passes, 'int8'))}")
     return Settings(
@@ -140,6 +147,8 @@ def settings(
         purpose=purpose,
         finishing=finishing,
         int8=int8,
+        keep_ids=Path(keep_ids) if keep_ids is not None else None,
+        vocab_map=vocab_map,
     )
 
 
@@ -225,15 +234,17 @@ def prune(
     chosen = settings(**options)
     given = load(model)
     calib = find_calibration(model, calib)
-    inputs = input_files(given, calib)
+    inputs = input_files(given, calib, keep_ids=chosen.keep_ids)
     target_file = model_output(output, inputs) if output is not None and not dry_run else None
     folder = run_output(run_dir, inputs) if run_dir is not None else None
     most = None if calib == RANDOM else chosen.samples + HELD_BACK
-    data = _judged(load_calibration(calib, given, samples=most, seed=chosen.recipe.seed), chosen)
-    known = understand(given, chosen, examples(data))
+    # Ids of all rows count, not only of those that decide.
+    corpus = load_calibration(calib, given) if "vocab" in chosen.passes and calib != RANDOM else None
+    data = _judged(load_calibration(calib if corpus is None else corpus, given, samples=most, seed=chosen.recipe.seed), chosen)
+    known = understand(given, chosen, examples(data), corpus)
     decision = decide(known, data, chosen, progress)
     record = new_record(decision, chosen, started, command)
-    if dry_run or (decision.already_met and not write_unpruned):
+    if dry_run or (decision.already_met and not write_unpruned and not decision.plan.vocabularies):
         leave(folder, decision, record)
         return PruneResult(decision.plan, None, record)
     tell = progress or (lambda what, done, total: None)
@@ -247,7 +258,8 @@ def prune(
         leave(folder, decision, record)
         advice = "--keep-best writes it all the same; a larger --max-drop allows it, a higher target prunes less"
         raise failure(f"no model was written ({advice})")
-    written = _save(result, target_file, external_data, decision, chosen) if target_file is not None else None
+    final = shipped(result, decision.plan)
+    written = _save(result, final, target_file, external_data, decision, chosen) if target_file is not None else None
     measured = None
     if bench_seconds > 0 and not chosen.may_time(given):
         log.warning("latency is not compared: whole sessions of a model this large would be open side by side; onnxprune bench does it")
@@ -256,16 +268,18 @@ def prune(
         chain = _chain(decision)
         record["chain"] = _losses(chain, decision, chosen, comparison)
         variants: dict[str, Any] = {"file as given": given if given.source is None or given.source.path is None else given.source.path}
-        variants |= chain | {_final_name(decision): written if written is not None else result}
+        # A model without its map takes other ids than the file as given; with it, it costs the same.
+        as_written = written if written is not None and final is result else result
+        variants |= chain | {_final_name(decision): as_written}
         measured = benchmark(variants, decision.request, options=chosen.runtime, seed=chosen.recipe.seed, max_seconds=bench_seconds)
         record["benchmark"] = measured.as_dict()
         tell("benchmark", 1, 1)
-    record["output"] = model_facts(load(written) if written else result, written)
+    record["output"] = model_facts(load(written) if written else final, written)
     record["wall_s"] = round(time.time() - started, 2)
     leave(folder, decision, record)
     if failure:
         raise failure(f"{written or 'the model'} was written because of --keep-best")
-    return PruneResult(decision.plan, result, record, fidelity, comparison, measured, written)
+    return PruneResult(decision.plan, final, record, fidelity, comparison, measured, written)
 
 
 def plan(model: ModelSource, *, calib: Any = None, progress: Progress | None = None, **options: Any) -> Plan:
@@ -296,11 +310,15 @@ def apply(
             "make a new plan for this model"
         )
     canonical, profile = canonicalise(given, feeds_of_shapes(given, decided.example))
-    result = execute(study(canonical, profile), decided)
+    if decided.vocabularies:
+        canonical = cut_vocabulary(canonical, decided.vocabularies)
+        profile = take_profile(canonical, feeds_of_shapes(given, decided.example))
+    result = shipped(execute(study(canonical, profile), decided), decided)
     open_session(result, optimize=not result.paged, pack=not result.paged)
     release(result.weights.values())
     if target is not None:
         result.save(target, external_data)
+        save_id_maps(decided, maps_beside(target))
     return result
 
 
@@ -477,17 +495,17 @@ def _same(decision: Decision, rows: CalibrationData, chosen: Settings) -> None:
 
 
 def _final_name(decision: Decision) -> str:
-    """What the benchmark calls the model that is shipped: "pruned + int8", "pruned", "int8", "finished copy"."""
+    """What the benchmark calls the model that is shipped: "pruned + int8", "pruned", "int8", "fewer words", "finished copy"."""
     pruned = any(decision.plan.removed.values())
     numbers = [name for name in decision.plan.rewrites if name not in exact(decision.plan.rewrites)]
-    return " + ".join((["pruned"] if pruned else []) + numbers) or "finished copy"
+    return " + ".join((["pruned"] if pruned else []) + numbers) or ("fewer words" if decision.plan.vocabularies else "finished copy")
 
 
 def _chain(decision: Decision) -> dict[str, Model]:
     """What lies between the file as given and the one that is shipped, step by step: finished, then pruned, then in other numbers."""
     anatomy, plan = decision.study.anatomy, decision.plan
     rewrites = exact(plan.rewrites)
-    steps = {"finished original": finish(anatomy.model, rewrites)}
+    steps = {"finished original": finish(decision.study.whole, rewrites)}
     if plan.rewrites != rewrites and any(plan.removed.values()):
         if plan.int8 is not None:
             steps["int8"] = decision.shipping.final(dense_student(anatomy, decision.study.sites))
@@ -539,15 +557,18 @@ def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> F
     return lambda advice: GateError(f"{found}; {advice}", record)
 
 
-def _save(result: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
-    """Write the model, then open the file in onnxruntime as a user will, and compare."""
-    feeds = cut_feeds(result, decision.request)
+def _save(result: Model, final: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
+    """Write the model, then open the file in onnxruntime as a user will, and compare. ``result`` takes the ids of the file as given."""
+    feeds = dict(cut_feeds(result, decision.request))
     expected = run(open_model(result, chosen.runtime), feeds)
-    written = result.save(target, external_data)
+    for words in decision.plan.vocabularies if final is not result else ():
+        feeds = words.mapped(feeds)
+    written = final.save(target, external_data)
     whole = open_session(str(written), chosen.runtime, optimize=not result.paged, pack=not result.paged)
     found = run(whole, feeds)
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape or not np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
             written.unlink()
             raise GateError(f"{written} does not compute what was verified: a defect of onnxprune; the file was removed")
+    save_id_maps(decision.plan, maps_beside(written))
     return written

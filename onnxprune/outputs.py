@@ -9,13 +9,15 @@ from typing import Any
 
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model
-from onnxprune.search.plan import weights_beside
+from onnxprune.search.plan import maps_beside, weights_beside
 
-RUN_FILES = ("run.json", "plan.json", "plan.weights.npz", "costs.json", "report.html")
+RUN_FILES = ("run.json", "plan.json", "plan.weights.npz", "vocab.json", "costs.json", "report.html")
 
 
-def input_files(model: Model, calib: Any = None, plan: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Every file a run reads: the model and its external data, calibration files, a plan and its weights."""
+def input_files(
+    model: Model, calib: Any = None, plan: str | os.PathLike[str] | None = None, keep_ids: str | os.PathLike[str] | None = None
+) -> list[Path]:
+    """Every file a run reads: the model and its external data, calibration files, a list of ids, a plan and its weights."""
     files: list[Path] = []
     if model.source is not None and model.source.path is not None:
         files += [model.source.path, *model.source.external]
@@ -24,17 +26,17 @@ def input_files(model: Model, calib: Any = None, plan: str | os.PathLike[str] | 
         files += sorted(source.glob("*.npz")) if source.is_dir() else [source]
     if plan is not None:
         files += [Path(plan), weights_beside(Path(plan))]
-    return files
+    return files + ([Path(keep_ids)] if keep_ids is not None else [])
 
 
 def model_output(output: str | os.PathLike[str], inputs: Iterable[Path]) -> Path:
-    """A model file that may be written, with external data beside it.
+    """A model file that may be written, with external data and a map of ids beside it.
 
     Raises:
         InputError: it is an input, a directory, not a regular file, or its folder is missing or not writable.
     """
     target = Path(output)
-    return _checked(target, [target, target.parent / f"{target.name}.data"], inputs)
+    return _checked(target, [target, target.parent / f"{target.name}.data", maps_beside(target)], inputs)
 
 
 def plan_output(output: str | os.PathLike[str], inputs: Iterable[Path]) -> Path:

@@ -17,6 +17,7 @@ from onnxprune.graph.model import Model, atomic_file
 from onnxprune.passes.manager import MISS, Decision, summary
 from onnxprune.passes.scope import Settings
 from onnxprune.runtime.environment import describe
+from onnxprune.search.plan import save_id_maps
 
 
 def model_facts(model: Model, path: Path | None) -> dict[str, Any]:
@@ -78,6 +79,10 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
         "compensation": [asdict(fit) for fit in decision.fits],
         "search": list(decision.trail),
         "finishing": [part.as_dict() for part in decision.shipping.parts],
+        "vocabulary": {
+            "map": decision.study.words.place,
+            "tables": [covered.as_dict() for covered in decision.study.words.coverage],
+        },
         "int8": {
             "scheme": str(decision.shipping.scheme) if decision.plan.int8 else None,
             "trials": [trial.as_dict() for trial in decision.shipping.trials],
@@ -102,6 +107,7 @@ def leave(folder: Path | None, decision: Decision, record: dict[str, Any]) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         decision.plan.save(folder / "plan.json")
+        save_id_maps(decision.plan, folder / "vocab.json")
         for name, content in (("run.json", record), ("costs.json", decision.table.as_dict())):
             with atomic_file(folder / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=1, default=plain) + "\n")

@@ -140,6 +140,50 @@ CODES: dict[str, Code] = {
             "allow a larger --max-drop, or give a target, which mixes the precisions as it needs",
         ),
         Code(
+            "OP501",
+            "token ids are computed",
+            "A table of words is looked up by ids that the graph computes from its inputs, so the data do not tell which rows it reads.",
+            "its ids are computed from decoder_input_ids (at /decoder/embed/Gather)",
+            "feed the ids themselves: re-export the model with them as an input",
+        ),
+        Code(
+            "OP502",
+            "one input, tables of several sizes",
+            "The same ids look up in tables of different numbers of rows.",
+            "input_ids look up in tables of [30522, 50265] rows",
+            "leave it, or re-export the model with one input for each vocabulary",
+        ),
+        Code(
+            "OP503",
+            "tied word table",
+            "The table is also the weight of an output layer, which makes a score for every word. The layer must stay whole, so a smaller "
+            "copy for the lookup would make the file larger.",
+            "table wte.weight is also the weight of an output layer, or read as a whole (at /lm_head/Transpose)",
+            "nothing to save; drop the output layer if only the hidden states are used",
+        ),
+        Code(
+            "OP504",
+            "output layer over the words",
+            "Scores of words are told by their place in the output, so the layer that makes them keeps all. The lookup table is cut.",
+            "it makes a score for each of 30522 words: its outputs are told by their place",
+            "drop the output layer if only the hidden states are used",
+        ),
+        Code(
+            "OP505",
+            "the map of ids stays in the graph",
+            "With `--vocab-map file` ids change before they are fed. Another node reads them as well: a comparison with the id of "
+            "padding, say.",
+            "Equal(/Equal) reads the ids of input_ids as well, so that they must stay as they are: the map goes into the graph",
+            "nothing to do; the map costs four bytes a word",
+        ),
+        Code(
+            "OP506",
+            "no rows to lose",
+            "No table of more than 512 rows is looked up by the ids of an integer input, or all of its rows occur in the data.",
+            "no table whose rows the ids of a graph input pick has rows to lose",
+            "leave vocab out of --passes, or check that the data are those of your domain",
+        ),
+        Code(
             "OP601",
             "experts",
             "A router scores all experts and keeps the best few of every token. Without one expert, tokens that chose it take another one, "

@@ -196,6 +196,19 @@ settings_options = stack(
         show_default=True,
         help="Most calibration rows to decide on; at least a quarter of all rows is held back.",
     ),
+    file_option(
+        "--keep-ids",
+        heading="What to prune",
+        help="Token ids that the vocab pass keeps besides those of the data: text, JSON list or .npz.",
+    ),
+    option(
+        "--vocab-map",
+        heading="What to prune",
+        type=click.Choice(["graph", "file"]),
+        default="graph",
+        show_default=True,
+        help="Who maps token ids to the rows that the vocab pass keeps: the model, or your tokenizer by OUT.vocab.json.",
+    ),
     output_name_option,
     purpose_option,
     option(

@@ -34,7 +34,7 @@ def plan(model: Path, out: Path | None, run_dir: Path | None, as_json: bool, ver
     from onnxprune.report.tables import run_tables, written
 
     screen = Screen(as_json, verbose, quiet)
-    target = plan_output(out or beside(model, ".plan.json"), input_files(load(model), options["calib"]))
+    target = plan_output(out or beside(model, ".plan.json"), input_files(load(model), options["calib"], keep_ids=options["keep_ids"]))
     options["input_shapes"] = dict(options["input_shapes"])
     with screen.progress() as progress:
         result = run(model, dry_run=True, run_dir=run_dir, progress=progress, command=command_line(), **options)

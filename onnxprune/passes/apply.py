@@ -14,6 +14,7 @@ from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.integer import to_int8
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import slice_model
+from onnxprune.graph.vocabulary import without_map
 from onnxprune.graph.view import GraphView
 from onnxprune.passes.base import RewritePass, select
 from onnxprune.quantize.form import Int8Form
@@ -62,12 +63,18 @@ def execute(anatomy: Anatomy, plan: Plan) -> Model:
     return _stamp(model, plan)
 
 
+def shipped(model: Model, plan: Plan) -> Model:
+    """What is written of an executed plan: without the map of ids, if the tokenizer applies it."""
+    return with_fresh_shapes(without_map(model)) if plan.vocabularies and plan.vocab_map == "file" else model
+
+
 def _stamp(model: Model, plan: Plan) -> Model:
     proto = model.copy_proto()
     stamp = {
         "onnxprune.version": plan.version,
         "onnxprune.plan_sha256": plan.sha256,
         "onnxprune.input_sha256": plan.input_sha256,
+        **({"onnxprune.vocab_map": plan.vocab_map} if plan.vocabularies else {}),
         "onnxprune.kept": json.dumps({site: len(units) for site, units in plan.kept.items()}),
     }
     kept = [entry for entry in proto.metadata_props if entry.key not in stamp]

@@ -1,7 +1,8 @@
 """What a pass is.
 
-A width pass offers sites to the one search, the integer pass decides which products compute in int8, and a rewrite pass changes the
-finished graph: exact ones keep its meaning, the others compute it in other numbers.
+A width pass offers sites to the one search, the integer pass decides which products compute in int8, the vocabulary pass cuts word tables
+before anything else is decided, and a rewrite pass changes the finished graph: exact ones keep its meaning, the others compute it in other
+numbers.
 """
 
 from __future__ import annotations
@@ -66,7 +67,18 @@ class IntegerPass:
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
 
 
-Pass = WidthPass | RewritePass | IntegerPass
+@dataclass(frozen=True)
+class VocabularyPass:
+    """Drops rows of word tables that the data never reads; everything after it sees the smaller model."""
+
+    name: str
+    summary: str
+    detail: str
+    kind: str = "words"
+    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
+
+
+Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass
 
 
 @cache
@@ -77,12 +89,13 @@ def registry() -> Mapping[str, Pass]:
     from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
     from onnxprune.passes.heads import HEADS
     from onnxprune.passes.numbers import FP16, INT4, INT8
+    from onnxprune.passes.vocab import VOCAB
 
-    built_in = (HEADS, FFN, CHANNELS, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    built_in = (HEADS, FFN, CHANNELS, VOCAB, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()
-        if not isinstance(item, WidthPass | RewritePass | IntegerPass):
+        if not isinstance(item, Pass):
             raise InputError(f"entry point {entry.name} of {entry.dist} is not an onnxprune pass")
         found.setdefault(item.name, item)
     return found

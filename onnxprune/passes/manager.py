@@ -45,7 +45,7 @@ from onnxprune.passes.scope import Settings, Study
 from onnxprune.passes.shipping import Shipping, choose_shipping
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
-from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted_costs, measured_costs, shipped_bytes
+from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted, counted_costs, measured_costs, shipped_bytes
 from onnxprune.search.plan import Plan, recipe_dict
 from onnxprune.verification import Comparison, Yardstick, compare
 
@@ -106,8 +106,9 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     Raises:
         TargetError: the target is below what any choice of units reaches.
     """
-    if not study_.sites and not study_.integers and not settings.target.auto:
-        raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: name heads, ffn, channels or int8 as well")
+    if not (study_.sites or study_.integers or study_.words.vocabularies or settings.target.auto):
+        known = "name heads, ffn, channels, vocab or int8 as well"
+        raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: {known}")
     return _Search(study_, data, settings, progress).run()
 
 
@@ -160,7 +161,7 @@ class _Search:
         return int(np.clip(_OUTPUT_BYTES // max(per_row, 1), 1, _BATCH_ROWS))
 
     def _refuse(self, refusal: Refusal) -> None:
-        if not self.study.sites and not self.study.rewrites:
+        if not (self.study.sites or self.study.rewrites or self.study.words.vocabularies):
             raise NothingPrunable(str(refusal))
         self.refusals = (*self.refusals, refusal)
 
@@ -250,9 +251,10 @@ class _Search:
             table = counted_costs(self.study.anatomy, self.bench.sites, unit, self.request)
             if unit == "macs":
                 return Tables(table, table), self._given_macs()
+            given = counted(self.study.whole, unit)
             if unit == "bytes" and exact(self.shipping.steps) != self.shipping.steps:
-                return Tables(table, shipped_bytes(table, self.bench.sites, self.shipping.probe)), table.full
-            return Tables(table, table), table.full
+                return Tables(table, shipped_bytes(table, self.bench.sites, self.shipping.probe)), given
+            return Tables(table, table), given
         table, given = self._timed(in_float, "cost table")
         if self.shipping.scheme is None:
             return Tables(table, table), given
@@ -431,6 +433,8 @@ class _Search:
             refusals=self.refusals,
             caches=cuts_of(self.study.anatomy, student.kept),
             int8=self.shipping.final_form(student),
+            vocabularies=self.study.words.vocabularies,
+            vocab_map=self.study.words.place,
             example={name: tuple(shape) for name, shape in self.example.items()},
             changes=student.changes,
         )

@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import LossSource, Purpose
 from onnxprune.errors import InputError, NothingPrunable, Refusal
 from onnxprune.graph.anatomy import Anatomy, Site, study
 from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.model import Model
-from onnxprune.passes.base import IntegerPass, RewritePass, WidthPass, ordered, select
+from onnxprune.graph.profile import take_profile
+from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
+from onnxprune.passes.base import IntegerPass, RewritePass, VocabularyPass, WidthPass, ordered, select
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.rounds import Recipe
+from onnxprune.passes.vocab import Reduction, choose_vocabularies
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.target import Target
 
@@ -38,6 +43,8 @@ class Settings:
     purpose: Purpose | None = None
     finishing: bool = True
     int8: Int8Choice = "auto"
+    keep_ids: Path | None = None
+    vocab_map: VocabMap = "graph"
 
     def may_time(self, model: Model) -> bool:
         """Whether whole sessions of ``model`` may be open side by side: not of a large one, unless milliseconds are what was asked for."""
@@ -48,7 +55,8 @@ class Settings:
 class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
-    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes.
+    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes. ``words`` says which
+    rows of word tables went, and ``whole`` is the canonical graph with all of them.
     """
 
     given: Model
@@ -57,10 +65,18 @@ class Study:
     rewrites: tuple[str, ...]
     integers: bool
     refusals: tuple[Refusal, ...]
+    whole: Model
+    words: Reduction = field(default_factory=Reduction)
 
 
-def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarray] | None = None) -> Study:
-    """Canonicalise, find sites, apply the passes' scope and the keep/exclude patterns.
+def understand(
+    given: Model, settings: Settings, samples: Mapping[str, np.ndarray] | None = None, corpus: CalibrationData | None = None
+) -> Study:
+    """Canonicalise, cut word tables, find sites, apply the passes' scope and the keep/exclude patterns.
+
+    Args:
+        samples: real inputs, for models that do not run on made-up ones.
+        corpus: rows whose token ids keep their embeddings; None where the data means nothing.
 
     Raises:
         InputError: a pattern matches nothing, an unknown pass, a model in a form that cannot be pruned.
@@ -74,16 +90,23 @@ def understand(given: Model, settings: Settings, samples: Mapping[str, np.ndarra
     if integers and (others := [name for name in rewrites if name in ("int4", "fp16")]):
         raise InputError(f"int8 and {others[0]} exclude each other: give one of them in --passes")
     canonical, profile = canonicalise(given, samples)
+    whole, words = canonical, Reduction()
+    if any(isinstance(item, VocabularyPass) for item in passes):
+        words = choose_vocabularies(whole, corpus, settings.keep_ids, settings.vocab_map)
+        if not words.vocabularies and not widths and not integers and not rewrites:
+            raise NothingPrunable("\n  ".join(["nothing to prune for vocab:", *map(str, words.refusals)]))
+        canonical = cut_vocabulary(whole, words.vocabularies)
+        profile = take_profile(canonical, samples) if words.vocabularies else profile
     anatomy = study(canonical, profile)
     kinds = {item.kind for item in widths}
     found = [site for site in anatomy.sites if site.kind in kinds]
     sites = _scope(found, settings)
-    refusals = tuple(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds))
+    refusals = (*(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds)), *words.refusals)
     if found and not sites:
         raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
-    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals)
+    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words)
 
 
 _KINDS = {"1": "heads", "2": "ffn", "3": "channels"}

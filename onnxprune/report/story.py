@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnxprune.report.numbers import cost, figures, milliseconds, percent, points, times
+from onnxprune.report.numbers import cost, figures, milliseconds, percent, points, size, times
 
 _WORDS = {"macs": "multiply-adds", "params": "parameters", "size": "file size"}
 Record = Mapping[str, Any]
-GIVEN, FINISHED, PRUNED, COPY = "file as given", "finished original", "pruned", "finished copy"
+GIVEN, FINISHED, PRUNED, COPY, WORDS = "file as given", "finished original", "pruned", "finished copy", "fewer words"
 _PLUS = " + "
 _NAMED = 6
 """Groups in float beyond this many are counted."""
@@ -59,7 +59,7 @@ def speed(record: Record) -> Speed | None:
         reached = gains[PRUNED]["median"]
         parts["pruning"] = reached / so_far
         so_far = reached
-    numbers = "" if last == COPY else last.removeprefix(PRUNED).removeprefix(_PLUS)
+    numbers = "" if last in (COPY, WORDS) else last.removeprefix(PRUNED).removeprefix(_PLUS)
     if numbers:
         parts[numbers] = gains[last]["median"] / so_far
     return Speed(gains[last]["median"], gains[last]["low"], gains[last]["high"], parts)
@@ -98,7 +98,7 @@ def verdict(record: Record) -> Verdict:
             "Gate failed",
             f"{gate['name']} is {percent(gate['value'], 2)}, more than {percent(gate['limit'], 2)}; the model was {state}.",
         )
-    if target["already_met"]:
+    if target["already_met"] and not (record.get("vocabulary") or {}).get("tables"):
         return Verdict("plain", "Already met", f"The file meets {target['asked']} without pruning.")
     if "verification" not in record:
         return Verdict("plain", "Plan only", f"Predicted {cost(target['predicted'], target['unit'])}; nothing was applied.")
@@ -231,6 +231,9 @@ def kept(record: Record) -> str:
     if caches := record.get("caches"):
         fewer = ", ".join(f"{cache['input']} {cache['kept']} of {cache['units']}" for cache in caches[:_NAMED])
         words.append(f"caches hold fewer heads: {fewer}{f' and {len(caches) - _NAMED} more' if len(caches) > _NAMED else ''}")
+    for table in (record.get("vocabulary") or {}).get("tables", ()):
+        lost = "" if table["unseen"] is None else f", {percent(table['unseen'])} of the tokens of new text will read a stand-in"
+        words.append(f"{table['kept']:,} of {table['rows']:,} word rows kept ({size(table['saved_bytes'])} less{lost})")
     if (found := integers(record)) is not None:
         which = f"{found.count:,} of" if found.count < found.total else "all"
         words.append(f"{which} {found.total:,} products compute in int8 ({found.scheme})")

@@ -92,6 +92,11 @@ class CostTable:
         return {"unit": self.unit, "fixed": self.fixed, "curves": {site: curve.tolist() for site, curve in self.curves.items()}}
 
 
+def counted(model: Model, unit: Literal["params", "bytes"]) -> float:
+    """Parameters of a model, or its bytes as a finished file: its weights, its graph with inferred shapes, a stamp."""
+    return float(_file_bytes(model) if unit == "bytes" else model.parameters)
+
+
 def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds: Feeds) -> CostTable:
     """Multiply-adds at the shapes of ``feeds``, parameters, or bytes of weights."""
     if unit == "macs":
@@ -99,8 +104,7 @@ def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds
         total, parts = float(sum(macs.values())), _split_macs(sites, macs)
     else:
         size = 4 if unit == "bytes" else 1
-        # A file is its weights and its graph; the finished one also holds inferred shapes and a stamp.
-        total = float(_file_bytes(anatomy.model) if unit == "bytes" else anatomy.model.parameters)
+        total = counted(anatomy.model, "bytes" if unit == "bytes" else "params")
         uses = {(leaf.node.index, leaf.slot): site for site in sites for leaf in site.group.leaves}
         parts = split(sites, {use: float(np.prod(site.leaf_shapes[use])) * size for use, site in uses.items()})
     return _table(unit, total, sites, parts)

@@ -16,10 +16,11 @@ from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.caches import CacheCut
 from onnxprune.graph.model import atomic_file
+from onnxprune.graph.vocabulary import VocabMap, Vocabulary
 from onnxprune.quantize.form import Int8Form
 
 SCHEMA = "onnxprune.plan/1"
-_FACTORS, _INTEGERS = "factors", "integers"
+_FACTORS, _INTEGERS, _READS = "factors", "integers", "reads"
 Changes = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -29,9 +30,10 @@ class Plan:
 
     ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow, in order;
     ``caches`` the inputs for keys and values of a decoder that lose heads; ``int8`` what computes in integers, and how (None: nothing
-    does); ``example`` the shapes of inputs the model is known to run on; ``changes`` the compensated constants by (node name, input slot).
-    These and the smoothing factors and rounded weights of ``int8`` are stored beside the JSON file as ``<name>.weights.npz`` and covered by
-    a hash in it.
+    does); ``vocabularies`` the rows that stay in tables of words, and ``vocab_map`` who maps ids to them; ``example`` the shapes of inputs
+    the model is known to run on; ``changes`` the compensated constants by (node name, input slot). These, the smoothing factors and
+    rounded weights of ``int8`` and the rows that ids read are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash
+    in it.
     """
 
     version: str
@@ -47,6 +49,8 @@ class Plan:
     refusals: tuple[Refusal, ...]
     caches: Mapping[str, CacheCut] = field(default_factory=dict)
     int8: Int8Form | None = None
+    vocabularies: tuple[Vocabulary, ...] = ()
+    vocab_map: VocabMap = "graph"
     example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
 
@@ -62,6 +66,11 @@ class Plan:
         for site, units in self.units.items():
             kept = len(self.kept[site])
             lines.append(f"{site:<{width}}  keeps {kept:>5} of {units:>5}  {'#' * round(20 * kept / units):<20}")
+        lines += [
+            f"{', '.join(words.inputs)}: {len(words.kept):,} of {words.rows:,} rows of word tables stay, ids are mapped "
+            f"{'in the graph' if self.vocab_map == 'graph' else 'by the tokenizer'}"
+            for words in self.vocabularies
+        ]
         if self.int8 is not None:
             tables = f" and {len(self.int8.tables)} embedding tables" if self.int8.tables else ""
             lines.append(f"{len(self.int8.products)} products{tables} in int8: {self.int8.describe()}")
@@ -75,12 +84,17 @@ class Plan:
         content["example"] = {name: list(shape) for name, shape in self.example.items()}
         content["caches"] = {name: asdict(cut) for name, cut in self.caches.items()}
         content["int8"] = None if self.int8 is None else self.int8.as_dict()
+        content["vocabularies"] = [
+            {"inputs": list(words.inputs), "lookups": list(words.lookups), "rows": words.rows, "kept": len(words.kept)}
+            for words in self.vocabularies
+        ]
         return {"schema": SCHEMA, **content, "compensation_sha256": digest(self.arrays)}
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that is stored beside the JSON file: compensated constants, smoothing factors and rounded weights."""
+        """Everything that is stored beside the JSON file: compensated constants, smoothing factors, rounded weights, rows of ids."""
         constants = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
+        constants |= {f"{number}:{_READS}": words.reads for number, words in enumerate(self.vocabularies)}
         if self.int8 is None:
             return constants
         factors = {f"{tensor}:{_FACTORS}": array for tensor, array in self.int8.factors.items()}
@@ -108,6 +122,38 @@ class Plan:
         except OSError as error:
             raise InputError(f"cannot write the plan to {target}: {error.strerror or error}") from error
         return target
+
+
+def id_maps(plan: Plan) -> dict[str, Any]:
+    """What a tokenizer needs: by vocabulary, the id after (``map``) of every id before, and the id before (``kept``) of every row."""
+    return {
+        "schema": "onnxprune.vocab/1",
+        "plan_sha256": plan.sha256,
+        "applied_by": "graph" if plan.vocab_map == "graph" else "tokenizer",
+        "vocabularies": [
+            {"inputs": list(words.inputs), "map": words.map.tolist(), "kept": words.kept.tolist()} for words in plan.vocabularies
+        ],
+    }
+
+
+def save_id_maps(plan: Plan, path: Path) -> None:
+    """Write :func:`id_maps` as JSON, if the plan cuts a vocabulary.
+
+    Raises:
+        InputError: the path cannot be written.
+    """
+    if not plan.vocabularies:
+        return
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(id_maps(plan)) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write the map of ids to {path}: {error.strerror or error}") from error
+
+
+def maps_beside(model: Path) -> Path:
+    """Where the map of ids of a model lies: ``model.onnx`` has ``model.vocab.json``."""
+    return model.parent / f"{model.stem}.vocab.json"
 
 
 def weights_beside(plan: Path) -> Path:
@@ -150,7 +196,8 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     wanted = content.pop("compensation_sha256", None)
     content.pop("schema")
     try:
-        constants, factors, integers = _read_arrays(weights_beside(source)) if wanted else ({}, {}, {})
+        constants, named = _read_arrays(weights_beside(source)) if wanted else ({}, {_FACTORS: {}, _INTEGERS: {}, _READS: {}})
+        vocabularies = content.get("vocabularies", [])
         plan = Plan(
             **{
                 **content,
@@ -160,7 +207,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
                 "example": {name: tuple(int(size) for size in shape) for name, shape in content["example"].items()},
                 "caches": {name: CacheCut.from_dict(cut) for name, cut in content.get("caches", {}).items()},
-                "int8": Int8Form.from_dict(content["int8"], factors, integers) if content["int8"] is not None else None,
+                "int8": Int8Form.from_dict(content["int8"], named[_FACTORS], named[_INTEGERS]) if content["int8"] is not None else None,
+                "vocabularies": tuple(
+                    Vocabulary(tuple(words["inputs"]), tuple(words["lookups"]), named[_READS][str(number)])
+                    for number, words in enumerate(vocabularies)
+                ),
                 "changes": constants,
             }
         )
@@ -173,19 +224,19 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     return plan
 
 
-def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Compensated constants by (node, slot), smoothing factors by tensor, and integers by node."""
+def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, dict[str, np.ndarray]]]:
+    """Compensated constants by (node, slot); and by kind smoothing factors by tensor, integers by node, rows of ids by vocabulary."""
     if not path.is_file():
         raise InputError(f"the plan needs its weights: {path} is missing; copy it next to the plan")
     constants: dict[tuple[str, int], np.ndarray] = {}
-    named: dict[str, dict[str, np.ndarray]] = {_FACTORS: {}, _INTEGERS: {}}
+    named: dict[str, dict[str, np.ndarray]] = {_FACTORS: {}, _INTEGERS: {}, _READS: {}}
     for key, array in read_npz(path).items():
         name, slot = key.rsplit(":", 1)
         if slot in named:
             named[slot][name] = array
         else:
             constants[name, int(slot)] = array
-    return constants, named[_FACTORS], named[_INTEGERS]
+    return constants, named
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:
