@@ -91,7 +91,7 @@ def registry() -> Mapping[str, Pass]:
     from onnxprune.passes.numbers import FP16, INT4, INT8
     from onnxprune.passes.vocab import VOCAB
 
-    built_in = (HEADS, FFN, CHANNELS, VOCAB, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    built_in = (HEADS, FFN, CHANNELS, INT8, INT4, FP16, VOCAB, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()

@@ -197,7 +197,6 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     content.pop("schema")
     try:
         constants, named = _read_arrays(weights_beside(source)) if wanted else ({}, {_FACTORS: {}, _INTEGERS: {}, _READS: {}})
-        vocabularies = content.get("vocabularies", [])
         plan = Plan(
             **{
                 **content,
@@ -210,8 +209,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "int8": Int8Form.from_dict(content["int8"], named[_FACTORS], named[_INTEGERS]) if content["int8"] is not None else None,
                 "vocabularies": tuple(
                     Vocabulary(tuple(words["inputs"]), tuple(words["lookups"]), named[_READS][str(number)])
-                    for number, words in enumerate(vocabularies)
+                    for number, words in enumerate(content["vocabularies"])
                 ),
+                "vocab_map": content["vocab_map"],
                 "changes": constants,
             }
         )
