@@ -87,11 +87,14 @@ def _totals(cells: Sequence[Cell]) -> list[str]:
     troubles = [trouble for cell in studied for trouble in cell["troubles"]]
     differ = sum(trouble.startswith("masked and sliced differ") for trouble in troubles)
     changed = sum((cell["changed_by_canonical"] or 0) > 1e-4 for cell in studied)
+    known = {(cell["architecture"], cell["variant"]) for cell in cells}
+    missing = sum((name, variant) not in known for name, entry in ARCHITECTURES.items() for variant in exports.variants_of(entry))
     share = f"{full / len(counted):.1%}" if counted else "none"
     return [
         f"* files studied: {len(studied)} of {len({cell['architecture'] for cell in cells})} architectures; "
         f"exports that fail: {sum(cell['state'] == 'export fails' for cell in cells)}; "
-        f"files refused as a whole, with an error: {sum(cell['state'] == 'error' for cell in cells)}",
+        f"files refused as a whole, with an error: {sum(cell['state'] == 'error' for cell in cells)}; "
+        f"exports of the registry not run yet: {missing}",
         f"* cells of heads and ffn of transformers in which every site was found: {full} of {len(counted)} ({share})",
         f"* cells with neither all sites nor a refusal: {len(mute)}",
         f"* masks compared: {sum(cell['masks'] for cell in studied)}; that differ from the slice: {differ}; "
