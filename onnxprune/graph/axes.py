@@ -293,4 +293,4 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "Att
 
 
 def _is_matrix(node: Node, slot: int, rank: int) -> bool:
-    return node.op in _PRODUCTS and slot < 2 and rank > 1
+    return node.op in _PRODUCTS and 0 <= slot < 2 and rank > 1

@@ -256,6 +256,21 @@ def _gather(node: Node, s: Shapes) -> list[Link]:
     return result
 
 
+@rule("GatherElements")
+def _gather_elements(node: Node, s: Shapes) -> list[Link]:
+    """Every element is picked along one axis; along the others it stays where it is, as far as the indices reach."""
+    axis = node.attrs.get("axis", 0) % s.rank(0)
+    result: list[Link] = [Tie(1, other, -1, other) for other in range(s.rank(1))]
+    for other, (size, taken) in enumerate(zip(s.of(0), s.of(1), strict=True)):
+        if other == axis:
+            result.append(Barrier(0, axis, "GatherElements picks positions along this axis"))
+        elif size == taken:
+            result.append(Tie(0, other, -1, other))
+        else:
+            result.append(Barrier(0, other, "GatherElements takes a part of this axis"))
+    return result
+
+
 @rule("Expand")
 def _expand(node: Node, s: Shapes) -> list[Link]:
     tied = _broadcast(s, 0, -1)

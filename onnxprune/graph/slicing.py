@@ -10,28 +10,21 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from onnxprune.errors import InputError, OnnxPruneError
+from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.attention_rules import packed_sizes
-from onnxprune.graph.axis_links import Shapes, Tie
-from onnxprune.graph.axis_rules import links, slice_ranges
+from onnxprune.graph.axis_links import Shapes
+from onnxprune.graph.axis_rules import slice_ranges
 from onnxprune.graph.caches import CacheCut, cache_pairs, fills_a_cache, record_cuts
-from onnxprune.graph.cutting import cut_piece
 from onnxprune.graph.model import Model
-from onnxprune.graph.surgery import Surgeon
-from onnxprune.graph.tail import FUSED_RESIDUAL, MEASURES, MOVING, follow_tail, is_norm
+from onnxprune.graph.silence import silence
+from onnxprune.graph.surgery import SlicingError, Surgeon
 from onnxprune.graph.view import Node
-from onnxprune.runtime.session import open_session, run
 
 Kept = Mapping[str, np.ndarray]
 """Site name -> sorted indices of the units that stay. Sites that are not named keep everything."""
-
-
-class SlicingError(OnnxPruneError):
-    """A node along a pruned axis cannot be resized; the graph is left as it was."""
 
 
 def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
@@ -57,7 +50,7 @@ def slice_model(anatomy: Anatomy, kept: Kept) -> Model:
             resize(_Patient(anatomy, plan, surgeon, node))
     for site in cut:
         if len(kept[site.name]) == 0:
-            _silence(anatomy, site, surgeon)
+            silence(anatomy, site, surgeon)
     return record_cuts(surgeon.close(), _cache_cuts(anatomy, plan))
 
 
@@ -108,8 +101,11 @@ class _Cut:
             alive[-1] = True
             alive[np.asarray(kept[site.name], np.int64)] = True
             places = {name for name, _ in site.group.places}
-            if not len(kept[site.name]) and fills_a_cache(anatomy.view, caches, site.group.nodes, places):
-                alive[0] = True  # nobody reads its keys and values any more, but a cache without heads is one that few can allocate
+            merged = any(anatomy.profile.dim(*place) is None for place in site.group.places)
+            if not len(kept[site.name]) and (merged or fills_a_cache(anatomy.view, caches, site.group.nodes, places)):
+                # Nobody reads what it computes any more, but a cache without heads is one that few can allocate, and nobody can tell
+                # the batch from an axis that held batch x heads.
+                alive[0] = True
             for place, labels in site.group.places.items():
                 self._and(self.tensors, place, alive[labels])
             for leaf in (*site.group.leaves, *site.group.picks):
@@ -144,10 +140,39 @@ def _cut_tensor(anatomy: Anatomy, surgeon: Surgeon, name: str, axes: Mapping[int
     tensor = surgeon.tensors[name]
     for axis, kept in sorted(axes.items()):
         if len(kept) < (anatomy.profile.shape(name) or ())[axis]:
-            picked = surgeon.variable(name, tensor.dtype)
-            surgeon.add("Gather", [tensor, surgeon.constant(kept.astype(np.int64), name)], picked, name, axis=axis)
-            tensor = picked
+            tensor = _picked(anatomy, surgeon, tensor, name, axis, kept)
     return tensor
+
+
+def _picked(anatomy: Anatomy, surgeon: Surgeon, tensor: gs.Tensor, name: str, axis: int, kept: np.ndarray) -> gs.Tensor:
+    """Positions of an axis; where it holds batch x heads, it is taken apart first, as its size is not known before."""
+    first, second = (run[name] for run in anatomy.profile.shapes)
+    period = int(np.gcd(first[axis], second[axis]))
+    bounds = {value: surgeon.constant(np.array([value], np.int64), name) for value in (0, axis, axis + 1, len(first), -1)}
+
+    def regrouped(source: gs.Tensor, sizes: list[int]) -> gs.Tensor:
+        before, after, target, result = (surgeon.variable(name, np.int64) for _ in range(4))
+        surgeon.add("Slice", [shape, bounds[0], bounds[axis]], before, name)
+        surgeon.add("Slice", [shape, bounds[axis + 1], bounds[len(first)]], after, name)
+        surgeon.add("Concat", [before, surgeon.constant(np.array(sizes, np.int64), name), after], target, name, axis=0)
+        result.dtype = tensor.dtype
+        surgeon.add("Reshape", [source, target], result, name)
+        return result
+
+    def gathered(source: gs.Tensor, places: np.ndarray, along: int) -> gs.Tensor:
+        result = surgeon.variable(name, tensor.dtype)
+        surgeon.add("Gather", [source, surgeon.constant(places.astype(np.int64), name)], result, name, axis=along)
+        return result
+
+    if first[axis] == second[axis]:
+        return gathered(tensor, kept, axis)
+    stays = np.zeros(first[axis], bool)
+    stays[kept] = True
+    if (stays.reshape(-1, period) != stays[:period]).any():
+        raise SlicingError(f"the units of {name} do not repeat along axis {axis}, whose size varies; they cannot be picked at every size")
+    shape = surgeon.variable(name, np.int64)
+    surgeon.add("Shape", [tensor], shape, name)
+    return regrouped(gathered(regrouped(tensor, [-1, period]), np.flatnonzero(stays[:period]), axis + 1), [-1])
 
 
 # --- nodes that carry a shape ------------------------------------------------------------------------------------------------------
@@ -194,7 +219,7 @@ def _resize_target(patient: _Patient, slot: int, align_right: bool) -> None:
         if known[position] and values[position] == output[axis] != 1:
             values[position], change[position] = int(stays.sum()), True
         elif not known[position] and patient.anatomy.profile.dim(node.outputs[0], axis) is None:
-            if (values[known] == -1).any():
+            if node.op != "Reshape" or (values[known] == -1).any():
                 shares[:, position] = stays.sum(), len(stays)
             else:
                 values[position], change[position] = -1, True  # a merged dynamic axis, batch x heads: let the runtime infer it
@@ -203,7 +228,7 @@ def _resize_target(patient: _Patient, slot: int, align_right: bool) -> None:
         # It may be computed from the shape of what is cut, as batch = rows / heads; inferring one size is always right.
         values[free[0]], change[free[0]] = -1, True
     surgeon = patient.surgeon
-    if (shares != 1).any():  # a merged dynamic axis whose target infers another one: batch x heads times the share of heads that stay
+    if (shares != 1).any():  # a merged dynamic axis that cannot be inferred: batch x heads times the share of heads that stay
         part, whole = (surgeon.constant(column, name) for column in shares)
         product, quotient = surgeon.variable(name, np.int64), surgeon.variable(name, np.int64)
         surgeon.add("Mul", [patient.edit.inputs[slot], part], product, node.name)
@@ -217,6 +242,27 @@ def _resize_target(patient: _Patient, slot: int, align_right: bool) -> None:
     fixed = surgeon.variable(name, np.int64)
     surgeon.add("Where", [surgeon.constant(change, name), surgeon.constant(values, name), patient.edit.inputs[slot]], fixed, node.name)
     patient.edit.inputs[slot] = fixed
+
+
+def _resize_shape(patient: _Patient) -> None:
+    """What is computed from the shape of a cut tensor is computed from its shape before; nodes that need the new one are reset."""
+    sizes = patient.shapes.of(0)
+    axes = range(len(sizes))[slice(patient.node.attrs.get("start"), patient.node.attrs.get("end"))]
+    stays = [patient.stays(0, axis) for axis in axes]
+    left = np.array([sizes[axis] if kept is None else int(kept.sum()) for axis, kept in zip(axes, stays, strict=True)], np.int64)
+    whole = np.array([sizes[axis] for axis in axes], np.int64)
+    if (left == whole).all():
+        return
+    surgeon, name = patient.surgeon, patient.node.outputs[0]
+    fixed = np.array([patient.anatomy.profile.dim(patient.node.inputs[0], axis) is not None for axis in axes])
+    varies = (left != whole) & ~fixed
+    known, scaled, after = patient.edit.outputs[0], surgeon.variable(name, np.int64), surgeon.variable(name, np.int64)
+    patient.edit.outputs = [after]
+    surgeon.add("Where", [surgeon.constant(fixed, name), surgeon.constant(whole, name), after], scaled if varies.any() else known, name)
+    if varies.any():
+        more = surgeon.variable(name, np.int64)
+        surgeon.add("Mul", [scaled, surgeon.constant(np.where(varies, whole, 1), name)], more, name)
+        surgeon.add("Div", [more, surgeon.constant(np.where(varies, left, 1), name)], known, name)
 
 
 def _resize_reshape(patient: _Patient) -> None:
@@ -326,6 +372,7 @@ def _resize_rotary(patient: _Patient) -> None:
 
 
 _RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
+    ("", "Shape"): _resize_shape,
     ("", "Reshape"): _resize_reshape,
     ("", "Expand"): _resize_expand,
     ("", "ConstantOfShape"): _resize_constant_of_shape,
@@ -342,110 +389,3 @@ _RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
     ("com.microsoft", "MultiHeadAttention"): _resize_multi_head_attention,
     ("com.microsoft", "Attention"): _resize_packed_attention,
 }
-
-
-# --- sites that keep nothing -------------------------------------------------------------------------------------------------------
-
-
-def _silence(anatomy: Anatomy, site: Site, surgeon: Surgeon) -> None:
-    """Replace each product over an empty axis by the constant it computes, at the addition where the branch ends."""
-    for consumer in site.consumers:
-        node = consumer.leaf.node
-        weight = anatomy.view.value(consumer.leaf.tensor)
-        shape = anatomy.profile.shape(node.outputs[0])
-        assert weight is not None
-        assert shape
-        array = np.zeros(shape[-1], weight.dtype)
-        if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2]:
-            bias = anatomy.view.value(node.inputs[2])
-            if bias is None:
-                raise _cannot_empty(node)
-            array = array + bias * np.asarray(node.attrs.get("beta", 1.0), weight.dtype)
-        _push_constant(anatomy, node.outputs[0], array, surgeon)
-
-
-_ARITHMETIC: Mapping[str, np.ufunc] = {"Add": np.add, "Sum": np.add, "Mul": np.multiply, "Div": np.divide}
-
-
-def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surgeon) -> None:
-    """Carry ``array``, which broadcasts to what ``name`` holds, through biases and scales to the addition that joins the residual."""
-    view = anatomy.view
-    while True:
-        name = _reunited(anatomy, name, array.size)
-        if any(is_norm(node) for node, _ in view.consumers[name]):
-            name, array = _normalised(anatomy, name, array)
-        ((node, slot),) = [reader for reader in view.consumers[name] if reader[0].op not in MEASURES]
-        others = [other for position, other in enumerate(node.inputs) if other and position != slot]
-        values = [value for other in others if (value := view.value(other)) is not None]
-        if node.op in ("Add", "Sum") and not all(view.is_constant(other) for other in others):
-            surgeon.nodes[node.index].inputs[slot] = surgeon.constant(array, name)
-            return
-        if node.op in FUSED_RESIDUAL:
-            shape, full = surgeon.variable(name, np.int64), surgeon.variable(name, array.dtype)
-            surgeon.add("Shape", [surgeon.nodes[node.index].inputs[1 - slot]], shape, name)
-            surgeon.add("Expand", [surgeon.constant(array, name), shape], full, name)
-            surgeon.nodes[node.index].inputs[slot] = full
-            return
-        if node.op in _ARITHMETIC and len(values) == len(others) and not (node.op == "Div" and slot):
-            for value in values:
-                array = np.asarray(_ARITHMETIC[node.op](array, value), array.dtype)
-        elif node.op == "Cast":
-            array = array.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-        elif _keeps_last_axis(anatomy, node, array.size):
-            array = array.reshape(-1)
-        elif node.op == "Transpose" and array.ndim == 1:
-            order = node.attrs.get("perm") or list(reversed(range(len(anatomy.profile.shape(name) or ()))))
-            array = array.reshape([1] * (len(order) - 1) + [-1]).transpose(order)
-        else:
-            raise _cannot_empty(node)
-        name = node.outputs[0]
-
-
-def _normalised(anatomy: Anatomy, name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """What the rest of the branch, from the tensor ``name`` on, makes of one row: the tensor that joins the residual, and its row."""
-    view = anatomy.view
-    tail = follow_tail(view, name)
-    shape = anatomy.profile.shape(name)
-    if tail is None or not shape or any(node.op in _RESHAPING for node in tail.nodes):
-        raise _cannot_empty(view.consumers[name][0][0])
-    known = {name: array.reshape([1] * (len(shape) - 1) + [-1])}
-    constants = [operand for node in tail.nodes for operand in node.inputs if view.is_constant(operand)]
-    needed = {node.index for node in tail.nodes} | view.ancestors(constants)
-    piece = cut_piece(view, sorted(needed), [tail.end], known)
-    assert piece.model is not None
-    (row,) = run(open_session(piece.model, optimize=False), known)
-    return tail.end, row.reshape(-1)
-
-
-_RESHAPING = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose".split())
-
-
-def _reunited(anatomy: Anatomy, name: str, width: int) -> str:
-    """Where a tensor is cut in pieces that are joined again, as a roll does: the tensor in which they are."""
-    view = anatomy.view
-    while True:
-        pieces = {node.index: node for node, _ in view.consumers[name] if node.op not in MEASURES}
-        joins = {reader.index: reader for node in pieces.values() for piece in node.outputs for reader, _ in view.consumers.get(piece, ())}
-        if len(pieces) < 2 or len(joins) != 1 or not all(_keeps_last_axis(anatomy, node, width) for node in pieces.values()):
-            return name
-        (join,) = joins.values()
-        if join.op != "Concat" or not _keeps_last_axis(anatomy, join, width):
-            return name
-        name = join.outputs[0]
-
-
-def _keeps_last_axis(anatomy: Anatomy, node: Node, width: int) -> bool:
-    before, after = anatomy.profile.shape(node.inputs[0]), anatomy.profile.shape(node.outputs[0])
-    if not before or not after or before[-1] != width or after[-1] != width:
-        return False
-    if node.op == "Transpose":
-        return bool(node.attrs.get("perm", [0])[-1] == len(before) - 1)
-    if node.op in MOVING:
-        found = links(node, Shapes(anatomy.view, anatomy.profile, node)) or ()
-        ties = [link for link in found if isinstance(link, Tie) and (link.a, link.axis_a) == (0, len(before) - 1)]
-        return any(tie.index_a is None and tie.axis_b == len(after) - 1 for tie in ties)
-    return node.op in ("Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-
-
-def _cannot_empty(node: Node) -> SlicingError:
-    return SlicingError(f"{node} stands between a branch that keeps nothing and the residual sum and is not understood; keep a unit there")

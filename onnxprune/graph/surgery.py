@@ -10,9 +10,14 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxprune.errors import OnnxPruneError
 from onnxprune.graph.model import INLINE_BYTES, Model, is_placeholder, placeholder
 from onnxprune.graph.storage import Scratch, release
 from onnxprune.graph.view import bodies
+
+
+class SlicingError(OnnxPruneError):
+    """A node along a pruned axis cannot be resized; the graph is left as it was."""
 
 
 class Surgeon:
@@ -30,6 +35,7 @@ class Surgeon:
         self.weights: dict[str, np.ndarray] = {}
         self._scratch = Scratch() if model.paged else None
         self._fresh = 0
+        self._node_names = {node.name for node in self.nodes}
 
     def constant(self, array: np.ndarray, like: str) -> gs.Constant:
         """A new initializer named after ``like``. Large arrays stay outside the graph."""
@@ -61,7 +67,7 @@ class Surgeon:
         while True:
             candidate = f"{base}~{self._fresh}"
             self._fresh += 1
-            if candidate not in self.tensors:
+            if candidate not in self.tensors and candidate not in self._node_names:
                 return candidate
 
     def add(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, like: str, domain: str | None = None, **attrs: Any) -> gs.Node:

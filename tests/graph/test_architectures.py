@@ -17,9 +17,7 @@ from tests.graph.pruning import Comparison, anatomy_of, random_kept
 
 VARIANT = "ts17-eager"
 MASKS = 5
-REFUSED = {("deberta-v2", "heads"): "OP101"} | {
-    (f"{name}{ending}", "ffn"): "OP205" for name in ("mixtral", "qwen3-moe") for ending in ("", "-cache")
-}
+REFUSED = {(f"{name}{ending}", "ffn"): "OP205" for name in ("mixtral", "qwen3-moe") for ending in ("", "-cache")}
 """Blocks that may be refused with a code instead; a rule that they lack may come."""
 
 

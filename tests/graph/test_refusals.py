@@ -11,7 +11,8 @@ from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.canonical import check_float
 from onnxprune.graph.model import load
-from onnxprune.graph.slicing import SlicingError, slice_model
+from onnxprune.graph.slicing import slice_model
+from onnxprune.graph.surgery import SlicingError
 from tests.architectures import exports
 from tests.architectures.entry import LAYERS
 from tests.graph.net import DEPTH, FFN, WIDTH, Net
