@@ -17,14 +17,14 @@ import numpy as np
 from onnxprune.errors import Refusal
 from onnxprune.graph.axes import Tracer
 from onnxprune.graph.axis_links import Shapes, Tie
-from onnxprune.graph.axis_rules import NONLINEAR, links
+from onnxprune.graph.axis_rules import MEASURES, NONLINEAR, links
 from onnxprune.graph.axis_state import Blocked, Group, Leaf
 from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutional
 from onnxprune.graph.experts import refuse_experts
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
-from onnxprune.graph.tail import follow_tail
-from onnxprune.graph.view import GraphView, Node, inner_views
+from onnxprune.graph.tail import joins_stream, sums_of_their_own
+from onnxprune.graph.view import GraphView, Node, captured, inner_views
 
 Kind = Literal["heads", "ffn", "channels"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
@@ -217,7 +217,8 @@ def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]
         while (name := _site_name(kind, number, part)) in taken:
             number, part = (number, part + 1) if kind == "channels" else (number + 1, 0)
         taken.add(name)
-        site = Site(name, kind, group.units, group, consumers, order, least=int(kind == "channels"))
+        needed = kind == "channels" or bool(sums_of_their_own(view, [consumer.output for consumer in consumers]))
+        site = Site(name, kind, group.units, group, consumers, order, least=int(needed))
         for leaf in group.leaves:
             array = view.value(leaf.tensor)
             site.leaf_shapes[leaf.node.index, leaf.slot] = array.shape if array is not None else (len(leaf.labels),)
@@ -247,7 +248,7 @@ def refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Con
     foreign = _foreign_weight(view, group)
     if foreign is not None:
         return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1])
-    if not all(follow_tail(view, consumer.output) for consumer in consumers):
+    if not joins_stream(view, [consumer.output for consumer in consumers]):
         return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch")
     return None
 
@@ -277,8 +278,8 @@ def _looks_like_ffn(view: GraphView, tensor: str) -> bool:
     pending, nonlinear, products, visited = [tensor], False, 0, set()
     while pending:
         node = view.producer.get(pending.pop())
-        if node is None or node.index in visited:
-            continue
+        if node is None or node.index in visited or node.op in MEASURES:
+            continue  # a shape that is measured somewhere upstream is no way back
         visited.add(node.index)
         if node.op in _WEIGHTED and any(view.is_constant(name) for name in node.inputs[:2]):
             products += 1
@@ -290,7 +291,8 @@ def _looks_like_ffn(view: GraphView, tensor: str) -> bool:
             return False
         else:
             nonlinear |= node.op in NONLINEAR
-            pending.extend(name for name in node.inputs if name and not view.is_constant(name))
+            data = sorted(captured(node.proto)) if node.op == "If" else node.inputs  # its input is the condition
+            pending.extend(name for name in data if name and not view.is_constant(name))
     return nonlinear and products > 0
 
 

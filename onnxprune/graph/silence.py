@@ -42,7 +42,8 @@ def _push_constant(anatomy: Anatomy, name: str, array: np.ndarray, surgeon: Surg
     view = anatomy.view
     while True:
         name = _reunited(anatomy, name, array.size)
-        if any(is_norm(node) for node, _ in view.consumers[name]):
+        readers = [reader for reader in view.consumers[name] if reader[0].op not in MEASURES]
+        if len(readers) > 1 or any(is_norm(node) for node, _ in readers):
             name, array = _normalised(anatomy, name, array)
         ((node, slot),) = [reader for reader in view.consumers[name] if reader[0].op not in MEASURES]
         others = [other for position, other in enumerate(node.inputs) if other and position != slot]

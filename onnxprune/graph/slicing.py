@@ -313,6 +313,14 @@ def _resize_slice(patient: _Patient) -> None:
     patient.edit.inputs = [patient.edit.inputs[0], *operands]
 
 
+def _resize_concat(patient: _Patient) -> None:
+    """Leave out the parts of which nothing is left: what makes them may not run on an axis of length 0 (a Reshape reads 0 as "copy")."""
+    axis = patient.node.attrs["axis"] % patient.shapes.rank(-1)
+    gone = [stays is not None and not stays.any() for stays in (patient.stays(slot, axis) for slot in range(len(patient.node.inputs)))]
+    if any(gone) and not all(gone):
+        patient.edit.inputs = [tensor for tensor, empty in zip(patient.edit.inputs, gone, strict=True) if not empty]
+
+
 def _resize_gather(patient: _Patient) -> None:
     axis = patient.node.attrs.get("axis", 0) % patient.shapes.rank(0)
     stays, out = patient.stays(0, axis), patient.stays(-1, axis)
@@ -378,6 +386,7 @@ _RESIZERS: dict[tuple[str, str], Callable[[_Patient], None]] = {
     ("", "ConstantOfShape"): _resize_constant_of_shape,
     ("", "Split"): _resize_split,
     ("", "Slice"): _resize_slice,
+    ("", "Concat"): _resize_concat,
     ("", "Gather"): _resize_gather,
     ("", "Attention"): _resize_attention,
     ("", "Conv"): _resize_convolution,

@@ -6,6 +6,7 @@ That is biases and scales, perhaps a normalisation, and in networks that attend 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from onnxprune.graph.view import GraphView, Node
@@ -78,6 +79,19 @@ def follow_tail(view: GraphView, tensor: str) -> Tail | None:
 
 def _passes(node: Node) -> bool:
     return node.op in PASSING or node.op in MOVING
+
+
+def sums_of_their_own(view: GraphView, tensors: Iterable[str]) -> list[str]:
+    """Additions in which the branches that start at ``tensors`` meet each other and nothing else; the branch goes on there."""
+    tails = [tail for name in tensors if (tail := follow_tail(view, name)) is not None]
+    ends = {tail.end for tail in tails}
+    joins = dict.fromkeys(tail.join for tail in tails)
+    return [join.outputs[0] for join in joins if all(name in ends or not name or view.is_constant(name) for name in join.inputs)]
+
+
+def joins_stream(view: GraphView, tensors: Sequence[str]) -> bool:
+    """Whether all branches that start at ``tensors`` end in a sum with something that none of them computes."""
+    return all(follow_tail(view, name) for name in tensors) and (not (met := sums_of_their_own(view, tensors)) or joins_stream(view, met))
 
 
 def _belongs(node: Node) -> bool:

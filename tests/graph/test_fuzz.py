@@ -1,0 +1,121 @@
+"""Whatever the grammar writes: the tracer never fails, a slice is valid and equals its mask, and so is a slice of a slice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, Phase, event, given, reject, settings
+from hypothesis import strategies as st
+
+from onnxprune.errors import InputError
+from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.model import load
+from onnxprune.graph.slicing import SlicingError
+from onnxprune.runtime.session import open_session
+from tests.graph.grammar import Block, transformers
+from tests.graph.net import FFN, WIDTH, Net
+from tests.graph.pruning import Comparison, anatomy_of
+
+EXAMPLES = settings().max_examples // 4
+"""A model is slow beside what a profile counts with."""
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+"""Nothing is shrunk: a graph of some sixty nodes takes minutes."""
+
+
+def silent(anatomy: Anatomy, blocks: list[Block]) -> list[Block]:
+    """Blocks that look prunable and are neither in a site nor refused."""
+    sites = {node.name for site in anatomy.sites for node in site.group.nodes}
+    spoken = sites | {refusal.site for refusal in anatomy.refusals}
+    return [block for block in blocks if not block.quiet and not (block.nodes & spoken)]
+
+
+@settings(max_examples=EXAMPLES, phases=PHASES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(transformers(), st.integers(0, 2**16))
+def test_any_slice_of_any_slice_equals_its_mask(written: tuple[onnx.ModelProto, list[Block]], seed: int) -> None:
+    proto, blocks = written
+    onnx.checker.check_model(proto)
+    try:
+        open_session(load(proto), optimize=False)
+    except InputError:
+        reject()  # shape inference of the Attention operator does not know that a width may be unknown
+    rng = np.random.default_rng(seed)
+    anatomy = anatomy_of(proto)
+    assert silent(anatomy, blocks) == []
+    for cut in range(3):
+        kept = {site.name: np.flatnonzero(rng.random(site.units) < rng.choice([0.0, 0.5, 0.8, 1.0])) for site in anatomy.sites}
+        kept = {name: units for name, units in kept.items() if len(units) >= anatomy.site(name).least}
+        try:
+            sliced = Comparison(anatomy).check(kept)
+        except SlicingError as error:
+            event(f"cut {cut}: {str(error).split(' ', 1)[1][:60]}")
+            return
+        event(f"cut {cut}: {'something' if kept else 'nothing'}")
+        left = Counter(site.kind for site in anatomy.sites if len(kept.get(site.name, range(site.units))) > 1)
+        anatomy = anatomy_of(sliced)
+        assert left <= Counter(site.kind for site in anatomy.sites)  # units may become finer, a site never gets lost
+
+
+# --- what the grammar has found ----------------------------------------------------------------------------------------------------
+
+
+def test_a_branch_is_emptied_whose_norm_squares_by_a_product() -> None:
+    """Several nodes read the result of the branch, none of them as a norm: x * x, and x / root."""
+    net = Net()
+    y = net.ffn("x")
+    root = net("Sqrt", net("Add", net("ReduceMean", net("Mul", y, y), net.ints(-1)), net.constant(np.float32(1))))
+    anatomy = anatomy_of(net.done(net.add("x", net("Mul", net("Div", y, root), net.weight(WIDTH)))))
+    assert len(anatomy.sites) == 1
+    Comparison(anatomy).check({"layer.0.ffn": np.zeros(0, np.int64)})
+
+
+def test_a_producer_of_which_no_unit_is_left_leaves_the_concatenation() -> None:
+    """Its Reshape would read the length 0 as "copy"."""
+    net = Net()
+    other = net("MatMul", net("Reshape", "x", net.ints(-1, WIDTH)), net.weight(WIDTH, 2))
+    shape = net("Concat", net("Slice", net("Shape", "x"), net.ints(0), net.ints(2), net.ints(0)), net.ints(2), axis=0)
+    joined = net("Concat", net.linear("x", WIDTH, 3), net("Reshape", other, shape), axis=-1)
+    anatomy = anatomy_of(net.done(net.add("x", net.linear(net("Tanh", joined), 5, WIDTH))))
+    for kept in ([0, 2], [3], [1, 3, 4]):
+        Comparison(anatomy).check({"layer.0.ffn": np.array(kept)})
+
+
+def test_a_body_between_the_matrices_is_named_whatever_its_condition_is() -> None:
+    net = Net()
+    hidden = net("Tanh", net.linear("x", WIDTH, FFN))
+    flag = net("Greater", net("ReduceSum", "x", keepdims=0), net.constant(np.float32(0)))
+    bodies = [
+        onnx.helper.make_graph(
+            [onnx.helper.make_node(op, [hidden], [op])], op, [], [onnx.helper.make_tensor_value_info(op, onnx.TensorProto.FLOAT, None)]
+        )
+        for op in ("Relu", "Neg")
+    ]
+    picked = net("If", flag, then_branch=bodies[0], else_branch=bodies[1])
+    anatomy = anatomy_of(net.done(net.add("x", net.linear(net("Sigmoid", picked), FFN, WIDTH))))
+    assert [(refusal.code, "operator If" in refusal.reason) for refusal in anatomy.refusals] == [("OP201", True)]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_two_products_of_the_same_neurons_are_no_residual_stream_to_each_other(residual: bool) -> None:
+    net = Net()
+    hidden = net("Tanh", net.linear("x", WIDTH, FFN))
+    both = net.add(net.linear(hidden, FFN, WIDTH), net.linear(hidden, FFN, WIDTH))
+    anatomy = anatomy_of(net.done(net.add("x", both) if residual else both))
+    if residual:
+        assert [site.least for site in anatomy.sites] == [1]
+        Comparison(anatomy).check({"layer.0.ffn": np.array([4])})
+    else:
+        assert [refusal.code for refusal in anatomy.refusals] == ["OP202"]
+
+
+def test_a_shape_measured_upstream_does_not_hide_a_feed_forward() -> None:
+    """The target of the Reshape is read from behind a norm."""
+    net = Net()
+    normed = net("Div", "x", net("ReduceMean", net("Abs", "x"), net.ints(-1)))
+    target = net("Concat", net("Slice", net("Shape", normed), net.ints(0), net.ints(2), net.ints(0)), net.ints(FFN), axis=0)
+    hidden = net("Reshape", net("MatMul", net("Reshape", normed, net.ints(-1, WIDTH)), net.weight(WIDTH, FFN)), target)
+    hidden = net("Reshape", net("CumSum", net("Relu", hidden), net.constant(np.int64(2))), target)
+    anatomy = anatomy_of(net.done(net.add("x", net.linear(hidden, FFN, WIDTH))))
+    assert [(refusal.code, "CumSum" in refusal.reason) for refusal in anatomy.refusals] == [("OP201", True)]
