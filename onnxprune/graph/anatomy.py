@@ -23,6 +23,7 @@ from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutio
 from onnxprune.graph.experts import refuse_experts
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
+from onnxprune.graph.shared_layers import joined, with_the_same_weights
 from onnxprune.graph.tail import joins_stream, sums_of_their_own
 from onnxprune.graph.view import GraphView, Node, captured, inner_views
 
@@ -65,9 +66,12 @@ class Site:
 
     @cached_property
     def parameters_per_unit(self) -> float:
-        """Weights that leave with one unit, on average (units of one group have equal shares in every known model)."""
+        """Weights that leave with one unit, on average (units of one group have equal shares in every known model).
+
+        A weight that is used several times is counted once.
+        """
         total = 0.0
-        for leaf in self.group.leaves:
+        for leaf in {(leaf.tensor, leaf.axis): leaf for leaf in self.group.leaves}.values():
             shape = self._shape(leaf)
             total += float(np.prod(shape)) * float((leaf.labels >= 0).sum()) / shape[leaf.axis]
         return total / self.units
@@ -126,6 +130,10 @@ def study(model: Model, profile: Profile) -> Anatomy:
         else:
             refusals.append(refusal)
             refused.update(node.index for node in group.nodes)
+    found = [
+        (found[places[0]][0], joined([found[place][1] for place in places]), tuple(item for place in places for item in found[place][2]))
+        for places in with_the_same_weights([group for _, group, _ in found])
+    ]
     for group in channels:
         weight = _foreign_weight(view, group)
         if weight is None:

@@ -91,15 +91,15 @@ def test_the_file_shrinks_by_what_was_removed(anatomy: Anatomy) -> None:
 
 def test_a_shared_weight_is_cut_for_one_reader_and_whole_for_the_other() -> None:
     net = Net()
-    up, down = net.weight(WIDTH, FFN), net.weight(FFN, WIDTH)
-    y = net.add("x", net("MatMul", net("Relu", net("MatMul", "x", up)), down))
-    y = net.add(y, net("MatMul", net("Relu", net("MatMul", y, up)), down))
+    up, first, second = net.weight(WIDTH, FFN), net.weight(FFN, WIDTH), net.weight(FFN, WIDTH)
+    y = net.add("x", net("MatMul", net("Relu", net("MatMul", "x", up)), first))
+    y = net.add(y, net("MatMul", net("Relu", net("MatMul", y, up)), second))
     anatomy = study(*canonicalise(load(net.done(y))))
     whole = {
         array.shape for tensor in anatomy.model.proto.graph.initializer if (array := anatomy.model.initializer(tensor.name)) is not None
     }
     both = slice_model(anatomy, {"layer.0.ffn": np.arange(4), "layer.1.ffn": np.arange(4)})
-    assert sorted(tensor.dims[:] for tensor in both.proto.graph.initializer) == [[4, WIDTH], [WIDTH, 4]]
+    assert sorted(tensor.dims[:] for tensor in both.proto.graph.initializer) == [[4, WIDTH], [4, WIDTH], [WIDTH, 4]]
     one = slice_model(anatomy, {"layer.0.ffn": np.arange(4)})
     assert {tuple(tensor.dims) for tensor in one.proto.graph.initializer} == {(4, WIDTH), (WIDTH, 4)} | whole
 

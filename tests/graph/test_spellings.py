@@ -160,7 +160,7 @@ def weights_in_constant_nodes() -> onnx.ModelProto:
     return model
 
 
-@form({f"layer.{layer}.{kind}": units for layer in range(2) for kind, units in (("heads", HEADS), ("ffn", FFN))})
+@form(BOTH)
 def shared_weights() -> onnx.ModelProto:
     """ALBERT: both layers read the same initializers."""
     net = Net()
