@@ -71,6 +71,7 @@ def gradient_model(
         InputError: a tensor does not exist or a tap does not fit it; an operator has no rule (:class:`MissingGradient`).
     """
     lowered = lower(model)
+    lowered = _with_scatter_add(lowered)
     if profile is None or lowered is not model:
         profile = take_profile(lowered, samples)
     tape = Tape(_alive(lowered, [output, *(tap.tensor for tap in taps)]), profile)
@@ -95,6 +96,20 @@ def seed_of(tape: Tape, output: str, link: Link) -> str:
     rank = len(tape.dims(output)[0])
     prediction = tape.op("Softmax", output, axis=rank - 1) if link == "softmax" else output
     return tape.op("Mul", tape.op("Sub", prediction, target), tape.unsqueeze(weight, rank - 1))
+
+
+_ELEMENTWISE_LOOKUPS = frozenset({"GatherElements", "GatherND"})
+
+
+def _with_scatter_add(model: Model) -> Model:
+    """Opset 16, whose scatters add up, where elements are gathered: from 13 on the definitions of what inference uses only grew."""
+    if not 13 <= model.opset() < 16 or not any(node.op_type in _ELEMENTWISE_LOOKUPS for node in model.proto.graph.node):
+        return model
+    proto = model.copy_proto()
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = 16
+    return model.with_proto(proto)
 
 
 def emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
