@@ -310,7 +310,10 @@ def test_rule_equals_central_differences(tested: Case, opset: int) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {op for _, op in RULES} - {tested.op for tested in CASES} == {"CastLike"}
+    here = {
+        op for (_, op), found in RULES.items() if not found.__module__.endswith(".convolution")
+    }  # those have a file of tests of their own
+    assert here - {tested.op for tested in CASES} == {"CastLike"}
 
 
 @pytest.mark.parametrize("form", ["half-last", "half-on-input", "half-on-erf", "mul-scale"])
