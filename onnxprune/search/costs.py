@@ -33,6 +33,9 @@ GRANULARITY: Mapping[str, int] = {"cpu": 16, "cuda": 8, "tensorrt": 8}
 
 _STAMP_BYTES = 4096
 
+_SITE_BYTES = 512
+"""Room for nodes that set sizes anew where a site is cut."""
+
 
 @dataclass(frozen=True)
 class CostTable:
@@ -105,6 +108,7 @@ def counted_costs(anatomy: Anatomy, sites: Sequence[Site], unit: CostUnit, feeds
     else:
         size = 4 if unit == "bytes" else 1
         total = counted(anatomy.model, "bytes" if unit == "bytes" else "params")
+        total += _SITE_BYTES * len(sites) if unit == "bytes" else 0
         uses = {(leaf.node.index, leaf.slot): site for site in sites for leaf in site.group.leaves}
         parts = split(sites, {use: float(np.prod(site.leaf_shapes[use])) * size for use, site in uses.items()})
     return _table(unit, total, sites, parts)

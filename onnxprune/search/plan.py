@@ -205,7 +205,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "kept": {site: tuple(int(unit) for unit in units) for site, units in content["kept"].items()},
                 "refusals": tuple(Refusal(**refusal) for refusal in content["refusals"]),
                 "example": {name: tuple(int(size) for size in shape) for name, shape in content["example"].items()},
-                "caches": {name: CacheCut.from_dict(cut) for name, cut in content.get("caches", {}).items()},
+                "caches": {name: CacheCut.from_dict(cut) for name, cut in content["caches"].items()},
                 "int8": Int8Form.from_dict(content["int8"], named[_FACTORS], named[_INTEGERS]) if content["int8"] is not None else None,
                 "vocabularies": tuple(
                     Vocabulary(tuple(words["inputs"]), tuple(words["lookups"]), named[_READS][str(number)])
