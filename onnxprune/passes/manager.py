@@ -38,6 +38,7 @@ from onnxprune.passes.rounds import (
     cut,
     dense_student,
     descend,
+    rounds_to,
     offers_of,
     score,
 )
@@ -304,7 +305,12 @@ class _Search:
             if miss <= _ANCHORED or attempt == _REPEATS:
                 break
             table = table.scaled(measured / predicted)
-            again = self._again(found, table, goal) if found.scores.saliency else None
+            if rounds_to(table, goal, self.bench.recipe.rounds) > found.rounds > 0:
+                # So far off that one cut would be too deep: down again, in as many rounds as it takes.
+                found = descend(self.bench, table, goal, self.bench.recipe.rounds, first=first, error=error, shape=shape) or found
+                again: Student | None = found.student
+            else:
+                again = self._again(found, table, goal) if found.scores.saliency else None
             if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
                 break
             student = again

@@ -302,13 +302,20 @@ class Taste:
 class Descent:
     """``student`` is the result; ``before`` and ``scores``, of before the last cut, allow another last cut without scoring again.
 
-    ``taste`` is how the last cut was chosen.
+    ``taste`` is how the last cut was chosen, ``rounds`` how many it took.
     """
 
     student: Student
     before: Student
     scores: Scores
     taste: Taste = field(default_factory=Taste)
+    rounds: int = 0
+
+
+def rounds_to(table: CostTable, budget: float, most: int) -> int:
+    """Rounds that lead to ``budget``: at most ``most``, fewer where none would remove a fifth of what can be."""
+    share = (budget - table.fixed) / max(table.full - table.fixed, 1e-30)
+    return min(most, max(1, math.ceil(math.log(max(share, 1e-9)) / math.log(_ROUND_SHARE))))
 
 
 def descend(
@@ -342,7 +349,7 @@ def descend(
     share = (budget - table.fixed) / prunable
     if share <= 0 and budget < table.floor:
         return None
-    rounds = min(rounds, max(1, math.ceil(math.log(max(share, 1e-9)) / math.log(_ROUND_SHARE))))
+    rounds = rounds_to(table, budget, rounds)
     tastes = [Taste()]
     if error is not None and table.unit == "ms":
         tastes += [Taste(spare=True)] + ([Taste(spare=True, shape=shape)] if shape is not None else [])
@@ -355,7 +362,7 @@ def descend(
             return None
         student, taste = found
         log.info("round %d: cost %.4g of %.4g %s", number, table.predict(student.counts), table.full, table.unit)
-    return Descent(student, before, scores, taste)
+    return Descent(student, before, scores, taste, rounds)
 
 
 def _best_cut(

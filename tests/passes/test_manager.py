@@ -313,6 +313,26 @@ def test_a_latency_that_misses_is_decided_again_from_what_was_measured(monkeypat
     )
 
 
+def test_a_table_that_was_far_off_leads_to_a_new_descent_of_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clockwork(monkeypatch)
+    slower, rounds = 1.3, []
+    real = manager.descend
+
+    def measure(self: Any, student: Student, given: float) -> float:
+        return slower * linear_table(self.bench.sites).predict(student.counts)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        rounds.append(found.rounds if found else None)
+        return found
+
+    monkeypatch.setattr(manager._Search, "_measure", measure)
+    monkeypatch.setattr(manager, "descend", watched)
+    decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="90%", rounds=4))
+    assert rounds == [1, 2], "one cut of a third would be too deep"
+    assert decision.measured == pytest.approx(decision.goal, rel=0.03)
+
+
 def test_a_latency_that_fits_is_not_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clockwork(monkeypatch)
 
