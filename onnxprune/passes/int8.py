@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxprune.calibration.activations import summarise
 from onnxprune.calibration.data import CalibrationData
+from onnxprune.errors import InputError
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.integer import int8_products
 from onnxprune.graph.model import Model
@@ -147,6 +148,9 @@ def choose_scheme(
 
     Returns:
         The scheme, None if integers are not faster than float here; and what was measured.
+
+    Raises:
+        InputError: ``choice`` is static, and a tensor has no finite range on the calibration rows, or the opset is too old.
     """
 
     if not products_of(model):
@@ -160,10 +164,16 @@ def choose_scheme(
     schemes = [Scheme("dynamic", True), Scheme("dynamic", False)] if choice != "static" else []
     models = {scheme: build(scheme) for scheme in schemes}
     if choice != "dynamic":
-        trials = _static_trials(model, rewrites, calibration, options)
-        errors = {scheme: yardstick(built) for scheme, built in trials.items()}
-        best = min(errors, key=lambda scheme: errors[scheme])
-        models[best] = trials[best]
+        try:
+            trials = _static_trials(model, rewrites, calibration, options)
+            errors = {scheme: yardstick(built) for scheme, built in trials.items()}
+            best = min(errors, key=lambda scheme: errors[scheme])
+            models[best] = trials[best]
+        except InputError as error:
+            # A tensor without a finite range, or an opset that cannot be raised: no obstacle to scaling at run time.
+            if choice == "static":
+                raise
+            log.warning("static int8 is not tried: %s", error)
     calls: dict[str, Callable[[], object]] = {"float": timed(finish(model, _without_integers(rewrites)), request, options)}
     calls |= {str(scheme): timed(built, request, options) for scheme, built in models.items()}
     timings = time_sessions(calls, clock=clock_for(options), seed=seed, rounds=61, tolerance=0.006, max_seconds=20.0)

@@ -30,6 +30,7 @@ def round_weights(model: Model, form: Int8Form, rows: CalibrationData, options: 
 
     Returns:
         node name -> int8 [n_in, n_out]. Weights that several products read are left out: there is one integer matrix for all.
+        So are those whose input is infinite or NaN on some row: they are rounded to nearest.
     """
     view = GraphView(model)
     chosen = set(form.products)
@@ -41,6 +42,8 @@ def round_weights(model: Model, form: Int8Form, rows: CalibrationData, options: 
     integers: dict[str, np.ndarray] = {}
     for tensors in _portions(widths):
         for tensor, gram in _grams(model, tensors, rows.take(slice(0, _ROWS)), options).items():
+            if not np.isfinite(gram).all():
+                continue
             factor = np.asarray(form.factors.get(tensor, np.ones(len(gram))), np.float64)
             for node in readers[tensor]:
                 weight = weight_of(node, view) * factor[:, None]

@@ -79,7 +79,7 @@ class Histogram:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
                 f"tensor {self.name!r} holds infinite or NaN values on the calibration data, so no range covers it; "
-                "leave the operators around it unquantised, or mend the data or the model if it should be finite"
+                "mend the data or the model if it should be finite, or scale activations at run time (--int8 dynamic)"
             )
         self._cover(low, high)
         self.bins += np.bincount(_bins_of(flat, self.exponent, self.first), minlength=BINS)

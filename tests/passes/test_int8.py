@@ -10,6 +10,7 @@ import pytest
 
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import choose_objective
+from onnxprune.errors import InputError
 from onnxprune.graph.integer import int8_products
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView
@@ -106,6 +107,17 @@ def test_of_static_forms_only_the_best_ranges_are_timed(choice: Any, timed: list
     assert seen == [["float", *map(str, timed)]]
     assert scheme in timed
     assert [trial.scheme for trial in trials] == timed
+
+
+def test_without_finite_ranges_only_schemes_that_scale_at_run_time_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def infinite(*_: Any) -> Any:
+        raise InputError("infinite values")
+
+    machine(monkeypatch, times())
+    monkeypatch.setattr(int8, "_static_trials", infinite)
+    assert [trial.scheme for trial in chosen(lambda scheme: 1.0)[1]] == [CHANNELS, TENSOR]
+    with pytest.raises(InputError, match="infinite values"):
+        chosen(lambda scheme: 1.0, "static")
 
 
 def test_a_model_without_products_has_no_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
