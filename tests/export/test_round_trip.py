@@ -16,7 +16,7 @@ from onnxprune.export.job import ExportResult
 from tests.export import folders
 
 Folder = Callable[[str], Path]
-QUICK: dict[str, Any] = {"target_macs": "70%", "rounds": 1, "importance": "magnitude", "finishing": False, "bench_seconds": 0}
+QUICK: dict[str, Any] = {"target_macs": "55%", "rounds": 1, "importance": "magnitude", "finishing": False, "bench_seconds": 0}
 
 
 def round_trip(folder: Path, data: Path, **options: Any) -> tuple[ExportResult, onnxprune.PruneResult]:
@@ -80,14 +80,16 @@ def test_a_pruned_decoder_goes_on_from_its_own_cache(model: Folder, tmp_path: Pa
     assert pruned.model is not None
     session = onnxruntime.InferenceSession(pruned.model.to_proto().SerializeToString())
     ids = np.random.default_rng(0).integers(4, folders.VOCABULARY, (2, 6))
-    names = [item.name for item in session.get_inputs()][2:]
+    caches = session.get_inputs()[2:]
+    names = [item.name for item in caches]
 
     def step(tokens: np.ndarray, past: list[np.ndarray]) -> list[np.ndarray]:
         mask = np.ones((2, past[0].shape[2] + tokens.shape[1]), np.int64)
         feeds = {"input_ids": tokens, "attention_mask": mask, **dict(zip(names, past, strict=True))}
         return list(session.run(None, feeds))
 
-    empty = [np.zeros((2, 2, 0, 8), np.float32) for _ in names]
+    # Heads that went are not in the cache either.
+    empty = [np.zeros((2, item.shape[1], 0, 8), np.float32) for item in caches]
     whole, *_ = step(ids, empty)
     past, parts = empty, []
     for token in range(6):

@@ -16,7 +16,7 @@ from tests.architectures import ARCHITECTURES, derived, exports, feeds
 from tests.graph.pruning import Comparison, anatomy_of, random_kept
 
 VARIANT = "ts17-eager"
-MASKS = 5
+MASKS = 2
 REFUSED = {(f"{name}{ending}", "ffn"): "OP205" for name in ("mixtral", "qwen3-moe") for ending in ("", "-cache")}
 """Blocks that may be refused with a code instead; a rule that they lack may come."""
 
