@@ -183,11 +183,11 @@ def orders(bench: Bench, target: float = 0.25) -> dict[str, Any]:
 
 
 def at_speed(rows: Sequence[Mapping[str, Any]], speedup: float) -> dict[str, Any]:
-    """Divergence at ``speedup`` on the line through the two nearest rows: its logarithm over the time."""
-    near = sorted(sorted(rows, key=lambda row: abs(1 / row["speedup"] - 1 / speedup))[:2], key=lambda row: -row["speedup"])
-    times, logs = [1 / row["speedup"] for row in near], [np.log(row["kl"]) for row in near]
-    slope = (logs[1] - logs[0]) / (times[1] - times[0])
-    return {"speedup": speedup, "kl": float(np.exp(logs[0] + slope * (1 / speedup - times[0])))}
+    """Divergence at ``speedup``: its logarithm over the time, interpolated between rows; beyond them, the outermost row as it is."""
+    ordered_rows = sorted(rows, key=lambda row: -row["speedup"])
+    times, logs = [1 / row["speedup"] for row in ordered_rows], [np.log(row["kl"]) for row in ordered_rows]
+    reached = float(np.clip(1 / speedup, times[0], times[-1]))
+    return {"speedup": 1 / reached, "kl": float(np.exp(np.interp(reached, times, logs)))}
 
 
 _MEMORY = """
