@@ -73,22 +73,22 @@ class Tracer:
         while queue or deferred or self._merge(state, queue):
             while queue:
                 name, ax = queue.popleft()
-                with self._holding(name):
+                with self._holding(state, name):
                     for node, operand in self._touching(name):
                         self._visit(state, queue, deferred, node, operand, ax, state.places[name, ax].labels)
             waiting, deferred = deferred, {}
             for (_, name, _), (node, regroup, operand, ax) in waiting.items():
-                with self._holding(name):
+                with self._holding(state, name):
                     self._regroup(state, queue, deferred, node, regroup, operand, ax, final=True)
         return self._finish(state)
 
     @contextmanager
-    def _holding(self, name: str) -> Iterator[None]:
-        """Where a side tensor cannot be followed it need not be."""
+    def _holding(self, state: State, name: str) -> Iterator[None]:
+        """Where a side tensor cannot be followed it need not be, unless the trace began at it."""
         try:
             yield
         except (Fork, Stop) as error:
-            if name in self.side:
+            if name in self.side and name not in state.held:
                 raise Hold(name) from error
             raise
 

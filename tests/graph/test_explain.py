@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import numpy as np
@@ -64,14 +65,25 @@ def test_a_layer_does_not_answer_for_those_whose_number_it_begins() -> None:
     assert [answer.name for answer in explain(anatomy_of(net.done(y)), "layer.1")] == ["layer.1.heads"]
 
 
-def test_a_shared_weight_is_a_tie() -> None:
+def test_layers_that_share_all_weights_are_one_site() -> None:
     net = Net()
     up, down = net.weight(WIDTH, FFN), net.weight(FFN, WIDTH)
     y = "x"
     for _ in range(2):
         y = net.add(y, net("MatMul", net("Tanh", net("MatMul", y, up)), down))
     answer = only(anatomy_of(net.done(y)), "layer.0.ffn")
-    assert f"layer.1.ffn, which also cuts {up}, {down}" in said(answer, "tied to")
+    assert "4 MatMul" in said(answer, "passes")
+    assert "independently" in said(answer, "tied to")
+
+
+def test_a_shared_weight_is_a_tie() -> None:
+    net = Net()
+    up = net.weight(WIDTH, FFN)
+    y = "x"
+    for _ in range(2):
+        y = net.add(y, net.linear(net("Tanh", net("MatMul", y, up)), FFN, WIDTH))
+    answer = only(anatomy_of(net.done(y)), "layer.0.ffn")
+    assert f"layer.1.ffn, which also cuts {up}" in said(answer, "tied to")
 
 
 def test_a_weight_that_a_node_outside_keeps_whole_is_a_tie() -> None:
@@ -90,6 +102,12 @@ def test_a_blocked_axis_names_reason_operator_and_place() -> None:
     assert answer.summary.endswith("part of no site")
     assert "axis 0 (200): Gather picks positions along this axis (at /inner/bert/embeddings/word_embeddings/Gather)" in said(answer, weight)
     assert "axis 1 (64): blocked: LayerNormalization normalises over this axis (at /inner/bert/embeddings/LayerNorm" in said(answer, weight)
+
+
+def test_a_table_of_positions_is_answered() -> None:
+    anatomy = export("bert-eager-ts17")
+    table = anatomy.view.producer["/inner/bert/embeddings/Slice_output_0"].inputs[0]
+    assert "blocked: the axis holds indices (at /inner/bert/embeddings/position_embeddings/Gather" in said(only(anatomy, table), table)
 
 
 def test_a_node_outside_every_site_names_the_refusal() -> None:
@@ -116,7 +134,7 @@ def test_a_code_lists_its_places_or_says_that_there_are_none() -> None:
 def test_a_part_of_many_names_lists_them() -> None:
     answer = only(export("bert-eager-ts17"), "LayerNorm")
     assert answer.about == "names"
-    assert "and 16 more" in answer.summary
+    assert re.search(r"and \d+ more", answer.summary)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
