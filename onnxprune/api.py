@@ -21,6 +21,7 @@ from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.depth import with_depths
 from onnxprune.graph.explain import explain
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
@@ -28,6 +29,7 @@ from onnxprune.graph.paged import open_model
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of, take_profile
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
+from onnxprune.graph.turning import turned
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
@@ -249,7 +251,7 @@ def prune(
         return PruneResult(decision.plan, None, record)
     tell = progress or (lambda what, done, total: None)
     tell("verification", 0, 1)
-    result = execute(known.anatomy, decision.plan)
+    result = execute(decision.study.anatomy, decision.plan)
     fidelity, comparison = _prove(decision, result, chosen, record)
     tell("verification", 1, 1)
     failure = _missed(decision, chosen, record) or _gate(comparison, chosen, record)
@@ -313,7 +315,10 @@ def apply(
     if decided.vocabularies:
         canonical = cut_vocabulary(canonical, decided.vocabularies)
         profile = take_profile(canonical, feeds_of_shapes(given, decided.example))
-    result = shipped(execute(study(canonical, profile), decided), decided)
+    anatomy = study(canonical, profile)
+    if decided.bases:
+        anatomy = turned(with_depths(anatomy, {name.rsplit(".", 1)[1] for name in decided.bases}), decided.bases)
+    result = shipped(execute(anatomy, decided), decided)
     open_session(result, optimize=not result.paged, pack=not result.paged)
     release(result.weights.values())
     if target is not None:
@@ -344,7 +349,7 @@ def inspect(
     check_float(given)
     data = load_calibration(calib, given, samples=64) if calib is not None else None
     canonical, profile = canonicalise(given, examples(data) if data else None)
-    anatomy = study(canonical, profile)
+    anatomy = with_depths(study(canonical, profile))
     feeds = request_feeds(canonical, data or made_up(canonical), {name: tuple(shape) for name, shape in (input_shapes or {}).items()})
     macs = count_macs(canonical, shapes_of(canonical, feeds))
     total = max(sum(macs.values()), 1)

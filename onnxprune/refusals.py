@@ -67,6 +67,44 @@ CODES: dict[str, Code] = {
             _FLOAT_FIRST,
         ),
         Code(
+            "OP105",
+            "depth under rotary embeddings",
+            "Rotary embeddings turn pairs of dimensions of queries and keys by an angle that depends on the position. Another basis of the "
+            "heads would have to pass that turn, and it does not.",
+            "queries and keys: rotary embeddings turn pairs of its dimensions by position (at /layers.0/self_attn/Add)",
+            "vo can do its part; heads and ffn work beside rotary embeddings",
+        ),
+        Code(
+            "OP106",
+            "depth under a norm",
+            "Queries or keys are normalised head by head before they meet (query-key norm), which no other basis of the heads would pass.",
+            "queries and keys: every head is normalised over its dimensions (at /layers.0/self_attn/q_norm/Mul)",
+            "vo can do its part; heads and ffn work beside such norms",
+        ),
+        Code(
+            "OP107",
+            "depth that cannot be turned",
+            "Between the projections and the product of two activations lies something other than biases, scales and layout (a gate, a "
+            "cache, an operator without a rule), or something else reads what lies there, or the weight is not a float matrix.",
+            "values: Mul(/layers.0/attn/Mul_3) stands between the projection and the product",
+            "leave it; heads and ffn need less",
+        ),
+        Code(
+            "OP108",
+            "depth inside a fused operator",
+            "The operator holds heads and their depth in one axis (com.microsoft MultiHeadAttention and its relatives, opset-23 Attention "
+            "on three axes).",
+            "queries and keys: MultiHeadAttention(Attention_0) holds heads and depth in one axis",
+            "prune the file before it is optimised for onnxruntime; fuse-attention fuses it afterwards",
+        ),
+        Code(
+            "OP109",
+            "depth of shared weights",
+            "Layers with the same weights (ALBERT) would need one basis for all of them, or the file would hold a copy for each.",
+            "values: its weight v.weight is read in several places",
+            "leave it; heads and ffn cut such layers together",
+        ),
+        Code(
             "OP201",
             "neurons cannot be followed",
             "The neurons of a feed-forward block pass an operator that has no rule, or a graph boundary, between the two matrices.",

@@ -19,6 +19,7 @@ from onnxprune import api
 from onnxprune.api import PruneResult, parse_share, settings
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import GateError, InputError, TargetError
+from onnxprune.graph.depth import with_depths
 from onnxprune.graph.model import Model, load
 from onnxprune.passes import manager
 from onnxprune.record import plain
@@ -393,10 +394,14 @@ def test_apply_replays_a_plan_from_a_file_or_from_memory(model: Path, calib: Pat
 @pytest.mark.parametrize("name", [BERT, VIT])
 def test_inspect_says_what_can_go_and_what_it_weighs(name: str) -> None:
     found = json.loads(json.dumps(onnxprune.inspect(zoo.path(name))))
-    assert [site["site"] for site in found["sites"]] == [site.name for site in anatomy(name).sites]
-    assert [site["units"] for site in found["sites"]] == [site.units for site in anatomy(name).sites]
-    assert 0.5 < sum(site["macs_share"] for site in found["sites"]) < 1
-    assert sum(site["parameters"] for site in found["sites"]) < found["model"]["parameters"]
+    sites = with_depths(anatomy(name)).sites
+    assert [(site["site"], site["units"]) for site in found["sites"]] == [(site.name, site.units) for site in sites]
+    inside = [site for site in found["sites"] if site["kind"] in ("qk", "vo")]
+    apart = [site for site in found["sites"] if site not in inside]
+    assert 0.5 < sum(site["macs_share"] for site in apart) < 1
+    assert sum(site["parameters"] for site in apart) < found["model"]["parameters"]
+    heads = sum(site["macs"] for site in apart if site["kind"] == "heads")
+    assert sum(site["macs"] for site in inside) == heads, "what lies inside heads is what heads weigh"
     assert found["model"]["sha256"] == sha256(zoo.path(name))
     assert {refusal["code"][:2] for refusal in found["refusals"]} <= {"OP"}
 

@@ -27,7 +27,7 @@ from onnxprune.graph.shared_layers import joined, with_the_same_weights
 from onnxprune.graph.tail import joins_stream, sums_of_their_own
 from onnxprune.graph.view import GraphView, Node, captured, inner_views
 
-Kind = Literal["heads", "ffn", "channels"]
+Kind = Literal["heads", "ffn", "channels", "qk", "vo"]
 _ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
 
@@ -135,7 +135,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
         for places in with_the_same_weights([group for _, group, _ in found])
     ]
     for group in channels:
-        weight = _foreign_weight(view, group)
+        weight = foreign_weight(view, group)
         if weight is None:
             found.append(("channels", group, consumers_of(view, profile, group)))
         else:
@@ -215,7 +215,7 @@ def consumers_of(view: GraphView, profile: Profile, group: Group) -> tuple[Consu
 def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]]) -> tuple[Site, ...]:
     """Number the layers by the attentions of the graph, the refused ones too, so that a name does not depend on what was refused."""
     ordered = sorted(found, key=lambda item: min(consumer.leaf.node.index for consumer in item[2]))
-    hearts = sorted(view.producer[context].index for node in view.nodes if (context := _attention_context(view, node)) is not None)
+    hearts = sorted(view.producer[context].index for node in view.nodes if (context := attention_context(view, node)) is not None)
     taken: set[str] = set()
     sites = []
     for order, (kind, group, consumers) in enumerate(ordered):
@@ -253,7 +253,7 @@ def refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Con
     where = node.name
     if group.units < 2:
         return _single(kind, node)
-    foreign = _foreign_weight(view, group)
+    foreign = foreign_weight(view, group)
     if foreign is not None:
         return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1])
     if not joins_stream(view, [consumer.output for consumer in consumers]):
@@ -261,7 +261,7 @@ def refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Con
     return None
 
 
-def _foreign_weight(view: GraphView, group: Group) -> tuple[str, str] | None:
+def foreign_weight(view: GraphView, group: Group) -> tuple[str, str] | None:
     """(node, reason) of the first constant of a group that is not a float initializer."""
     for leaf in group.leaves:
         array = view.value(leaf.tensor)
@@ -309,7 +309,7 @@ def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...
     covered = refused | {node.index for site in sites if site.kind == "heads" for node in site.group.nodes}
     result = []
     for node in view.nodes:
-        context = _attention_context(view, node)
+        context = attention_context(view, node)
         if context is None or node.index in covered:
             continue
         maker = view.producer[context]
@@ -330,7 +330,7 @@ def _inside_bodies(view: GraphView) -> Iterator[Refusal]:
         reason = f"it lies in the body of {outer}, where nothing is traced"
         for node in inner.nodes:
             name = node.name or node.outputs[0]
-            if _attention_context(inner, node) is not None:
+            if attention_context(inner, node) is not None:
                 yield Refusal("OP101", name, reason)
             elif (
                 node.op in _WEIGHTED
@@ -345,7 +345,7 @@ def _single(kind: Kind, node: Node) -> Refusal:
     return Refusal("OP103" if kind == "heads" else "OP203", node.name, f"only one {_unit(kind)} is left")
 
 
-def _attention_context(view: GraphView, node: Node) -> str | None:
+def attention_context(view: GraphView, node: Node) -> str | None:
     """The context tensor if ``node`` is the heart of an attention: a fused operator, or a Softmax whose result weighs an activation."""
     if node.op in _ATTENTION_OPS:
         return node.outputs[0]

@@ -26,7 +26,7 @@ _FEW = 4
 """So many nodes and tensors are explained in full; more are listed."""
 _LISTED = 12
 _ROLES = {"produces": "makes them", "consumes": "reads them", "rides": "lies along them"}
-UNITS = {"heads": "heads", "ffn": "neurons", "channels": "channels"}
+UNITS = {"heads": "heads", "ffn": "neurons", "channels": "channels", "qk": "directions", "vo": "directions"}
 
 
 @dataclass(frozen=True)

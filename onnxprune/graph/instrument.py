@@ -24,7 +24,7 @@ def masked_model(anatomy: Anatomy) -> Model:
     surgeon = Surgeon(anatomy.model)
     for site in anatomy.sites:
         for consumer in site.consumers:
-            leaf = anatomy.view.value(consumer.leaf.tensor)
+            leaf = anatomy.view.value(site.group.leaves[0].tensor)
             assert leaf is not None
             name = MASK + site.name
             if name not in surgeon.tensors:

@@ -337,6 +337,8 @@ def _resize_attention(patient: _Patient) -> None:
     if "q_num_heads" in attrs:
         attrs["q_num_heads"] = patient.kept_heads(0, 2, attrs["q_num_heads"])
         attrs["kv_num_heads"] = patient.kept_heads(1, 2, attrs["kv_num_heads"])
+    elif (depth := patient.stays(0, 3)) is not None and not depth.all():
+        attrs.setdefault("scale", len(depth) ** -0.5)  # it would follow the smaller depth
 
 
 def _resize_group_query_attention(patient: _Patient) -> None:

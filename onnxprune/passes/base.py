@@ -85,13 +85,14 @@ Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass
 def registry() -> Mapping[str, Pass]:
     """All passes by name: the built-in ones, then those that installed packages offer as entry points of group ``onnxprune.passes``."""
     from onnxprune.passes.channels import CHANNELS
+    from onnxprune.passes.depth import QK, VO
     from onnxprune.passes.ffn import FFN
     from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
     from onnxprune.passes.heads import HEADS
     from onnxprune.passes.numbers import FP16, INT4, INT8
     from onnxprune.passes.vocab import VOCAB
 
-    built_in = (HEADS, FFN, CHANNELS, INT8, INT4, FP16, VOCAB, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    built_in = (HEADS, FFN, CHANNELS, QK, VO, INT8, INT4, FP16, VOCAB, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()

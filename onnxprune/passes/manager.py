@@ -25,6 +25,7 @@ from onnxprune.graph.paged import run_batches
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import cuts_of
 from onnxprune.passes.base import exact
+from onnxprune.passes.depth import with_turned_heads
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import (
@@ -117,11 +118,12 @@ class _Search:
     """One search; attributes are set once, in the order of :meth:`run`."""
 
     def __init__(self, study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None) -> None:
-        self.study, self.settings, self.progress = study_, settings, progress
+        self.settings, self.progress = settings, progress
         self.objective = choose_objective(study_.anatomy, settings.output, data.labels, settings.purpose)
         check_loss(self.objective, data, settings.loss)
         check_labels_of(self.objective, data)
         self.calibration, self.held_back = split(data, settings)
+        self.study = study_ = with_turned_heads(study_, self.calibration, settings.runtime)
         # What is chosen by looking at some rows must be reported on others.
         middle = self._judging_rows(len(self.held_back))
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
@@ -443,6 +445,7 @@ class _Search:
             vocab_map=self.study.words.place,
             example={name: tuple(shape) for name, shape in self.example.items()},
             changes=student.changes,
+            bases=self.study.bases,
         )
         return Decision(
             self.study,

@@ -119,8 +119,8 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage],
     stages: dict[tuple[int, int], _Stage] = {}
     skipped = []
     for site in sorted(anatomy.sites, key=lambda site: site.order):
-        if site.kind == "channels" and not channels:
-            continue
+        if site.kind == "qk" or (site.kind == "channels" and not channels):
+            continue  # two activations meet over the depth of queries and keys: there is no matrix to fit
         for consumer in site.consumers:
             found = _reader(anatomy, site, consumer, view, node_of, kept)
             if isinstance(found, str):
@@ -133,9 +133,7 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage],
     return sorted(stages.values(), key=lambda stage: view.producer[stage.reader.target].index), skipped
 
 
-def _reader(
-    anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept
-) -> Reader | str:
+def _reader(anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept) -> Reader | str:
     node = node_of.get(consumer.leaf.node.name)
     if len(site.consumers) > 1 and site.kind != "channels":
         return "several matrices read this axis"
@@ -146,9 +144,8 @@ def _reader(
     weight = view.value(node.inputs[consumer.leaf.slot])
     if weight is None:
         return "its consumer is not a plain matrix product"
-    if site.kind == "channels":
-        labels = student_labels(site, kept, consumer, anatomy.sites)
-    else:  # every unit has equally many positions, in order
+    labels = student_labels(site, kept, consumer, anatomy.sites)
+    if len(labels) != weight.shape[consumer.leaf.axis]:  # every unit has equally many positions, in order
         labels = np.arange(weight.shape[consumer.leaf.axis]) // (len(consumer.labels) // site.units)
     rank = len(anatomy.profile.shape(consumer.tensor) or ())
     return reader_of(view, consumer, node, rank, labels, chain=site.kind == "channels")

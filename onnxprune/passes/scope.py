@@ -14,8 +14,10 @@ from onnxprune.calibration.objective import LossSource, Purpose
 from onnxprune.errors import InputError, NothingPrunable, Refusal
 from onnxprune.graph.anatomy import Anatomy, Site, study
 from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.depth import DEPTHS, with_depths
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
+from onnxprune.graph.turning import Bases
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.passes.base import IntegerPass, RewritePass, VocabularyPass, WidthPass, ordered, select
 from onnxprune.passes.int8 import Int8Choice
@@ -56,7 +58,8 @@ class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
     ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes. ``words`` says which
-    rows of word tables went, and ``whole`` is the canonical graph with all of them.
+    rows of word tables went, and ``whole`` is the canonical graph with all of them. ``bases`` are turns inside heads that ``anatomy`` has
+    taken, none before the search has looked at data.
     """
 
     given: Model
@@ -67,6 +70,7 @@ class Study:
     refusals: tuple[Refusal, ...]
     whole: Model
     words: Reduction = field(default_factory=Reduction)
+    bases: Bases = field(default_factory=dict)
 
 
 def understand(
@@ -97,8 +101,10 @@ def understand(
             raise NothingPrunable("\n  ".join(["nothing to prune for vocab:", *map(str, words.refusals)]))
         canonical = cut_vocabulary(whole, words.vocabularies)
         profile = take_profile(canonical, samples) if words.vocabularies else profile
-    anatomy = study(canonical, profile)
     kinds = {item.kind for item in widths}
+    anatomy = study(canonical, profile)
+    if kinds & set(DEPTHS):
+        anatomy = with_depths(anatomy, kinds)
     found = [site for site in anatomy.sites if site.kind in kinds]
     sites = _scope(found, settings)
     refusals = (*(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds)), *words.refusals)
@@ -109,12 +115,12 @@ def understand(
     return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words)
 
 
-_KINDS = {"1": "heads", "2": "ffn", "3": "channels"}
+_KINDS: Mapping[str, set[str]] = {"1": {"heads", *DEPTHS}, "2": {"ffn"}, "3": {"channels"}}
 """Width passes by the first digit of their refusals."""
 
 
 def _concerns(refusal: Refusal, kinds: set[str]) -> bool:
-    return _KINDS.get(refusal.code[2], "") in kinds or refusal.code[2] not in _KINDS
+    return refusal.code[2] not in _KINDS or bool(_KINDS[refusal.code[2]] & kinds)
 
 
 def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Refusal, ...]) -> str:

@@ -225,7 +225,8 @@ def local_scores(
         count = len(kept[site.name])
         consumer = site.consumers[0]
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
-        assert weight is not None
+        if weight is None:
+            raise InputError(f"importance {criterion!r} needs a matrix that reads {site.name}; use fisher")
         if weight.ndim != 2 and (site.kind != "channels" or criterion == "obs"):
             raise InputError(f"importance {criterion!r} needs a plain matrix to read {site.name}, not {weight.ndim} dimensions; use fisher")
         rows = np.moveaxis(weight, consumer.leaf.axis, 0).reshape(weight.shape[consumer.leaf.axis], -1)

@@ -220,10 +220,13 @@ def group_state(group: Record, known: Record) -> str:
     return "int8, smoothed" if group["smoothed"] else "int8"
 
 
+_DIRECTIONS = (("qk", "directions of queries and keys"), ("vo", "directions of values"))
+
+
 def kept(record: Record) -> str:
     """What stays: units by kind, and products by numbers; empty if neither was decided."""
     words = []
-    for kind, unit in (("heads", "heads"), ("ffn", "neurons"), ("channels", "channels")):
+    for kind, unit in (("heads", "heads"), ("ffn", "neurons"), ("channels", "channels"), *_DIRECTIONS):
         sites = [site for site in record["sites"] if site["kind"] == kind]
         if sites:
             stay, units = sum(site["kept"] for site in sites), sum(site["units"] for site in sites)

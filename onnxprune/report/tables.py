@@ -269,14 +269,17 @@ def inspect_tables(found: Record) -> list[RenderableType]:
     last = ["latency", "of all time"] if timed else [""]
     table = _table("Can be pruned", "site", "units", "parameters", "MACs", "of all MACs", *last)
     for site in found["sites"]:
-        unit = {"ffn": "neurons"}.get(site["kind"], site["kind"])
+        unit = {"ffn": "neurons", "qk": "directions", "vo": "directions"}.get(site["kind"], site["kind"])
         figures_ = (f"{site['units']:,} {unit}", count(site["parameters"]), count(site["macs"]), percent(site["macs_share"]))
         clock = (milliseconds(site["ms"]), percent(site["time_share"])) if timed else (_bar(min(site["macs_share"], 1.0)),)
         table.add_row(Text(site["site"]), *figures_, *clock)
-    total = sum(site["macs_share"] for site in found["sites"])
+    names = {site["site"] for site in found["sites"]}
+    # What lies inside heads is theirs already.
+    apart = [s for s in found["sites"] if s["kind"] not in ("qk", "vo") or s["site"].replace(s["kind"], "heads") not in names]
+    total = sum(site["macs_share"] for site in apart)
     table.add_section()
-    sums = [count(sum(site[key] for site in found["sites"])) for key in ("parameters", "macs")]
-    times_ = [milliseconds(sum(s["ms"] for s in found["sites"])), percent(sum(s["time_share"] for s in found["sites"]))] if timed else []
+    sums = [count(sum(site[key] for site in apart)) for key in ("parameters", "macs")]
+    times_ = [milliseconds(sum(s["ms"] for s in apart)), percent(sum(s["time_share"] for s in apart))] if timed else []
     table.add_row("all", "", *sums, percent(total), *times_)
     parts: list[RenderableType] = [head, table if found["sites"] else Text("Nothing in this graph can be pruned.", "bold yellow")]
     if found["refusals"]:

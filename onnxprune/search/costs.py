@@ -17,10 +17,12 @@ from scipy.optimize import nnls
 from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.canonical import with_fresh_shapes
+from onnxprune.graph.depth import DEPTHS, FUSED_ATTENTION
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import Kept
+from onnxprune.graph.view import Node
 from onnxprune.runtime.measure import clock_for, in_turn, latency_ms, ratio, replicas, time_sessions
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
 from onnxprune.search.joint import Pair, Split, split
@@ -120,15 +122,27 @@ def _table(unit: CostUnit, total: float, sites: Sequence[Site], parts: Split) ->
 
 
 def _split_macs(sites: Sequence[Site], macs: Mapping[str, int]) -> Split:
-    """Multiply-adds by the sites that cut the weights, in full for the site of a product of two activations."""
+    """Multiply-adds by the sites that cut the weights, and of products of two activations by the sites they scale with."""
     slots = {leaf.node.index: leaf for site in sites for leaf in site.group.leaves if leaf.role != "rides"}
     amounts = {(index, leaf.slot): float(macs.get(leaf.node.name, 0)) for index, leaf in slots.items()}
-    parts = split(sites, amounts)
-    linear = dict(parts.linear)
+    touching: dict[int, list[Site]] = {}
+    nodes: dict[int, Node] = {}
     for site in sites:
-        rest = sum(macs.get(node.name, 0) for node in site.group.nodes if node.index not in slots)
-        linear[site.name] = linear.get(site.name, 0.0) + rest
-    return replace(parts, linear=linear)
+        for node in site.group.nodes:
+            if node.index not in slots and macs.get(node.name, 0):
+                touching.setdefault(node.index, []).append(site)
+                nodes[node.index] = node
+    found = (part for index, held in touching.items() for part in _products(held, float(macs[nodes[index].name]), nodes[index]))
+    return split(sites, amounts, found)
+
+
+def _products(sites: Sequence[Site], amount: float, node: Node) -> list[tuple[tuple[str, ...], float]]:
+    """A product of activations in proportion to its heads and to one depth; a fused attention is two of them, over two depths."""
+    depths = [site.name for site in sites if site.kind in DEPTHS]
+    others = [site.name for site in sites if site.kind not in DEPTHS]
+    if node.op not in FUSED_ATTENTION:
+        return [((*others, *depths), amount)]
+    return [((*others, *depths[number : number + 1]), amount / 2) for number in range(2)]
 
 
 def shipped_bytes(floats: CostTable, sites: Sequence[Site], build: Callable[[Kept], Model]) -> CostTable:
@@ -147,7 +161,8 @@ def _file_bytes(model: Model) -> int:
 def site_macs(site: Site, macs: Mapping[str, int]) -> float:
     """Multiply-adds that scale with the number of units kept; of a product that makes other things as well, the share of this site."""
     share = {leaf.node.index: float((leaf.labels >= 0).mean()) for leaf in site.group.leaves if leaf.role != "rides"}
-    return sum(share.get(node.index, 1.0) * macs.get(node.name, 0) for node in site.group.nodes)
+    one = 0.5 if site.kind in DEPTHS else 1.0  # of the two products of a fused attention, a depth is summed over in one
+    return sum(share.get(node.index, one if node.op in FUSED_ATTENTION else 1.0) * macs.get(node.name, 0) for node in site.group.nodes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ equality at b = a r: a bound that is a sum of curves, and exact at the widths it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,34 +51,50 @@ class Split:
         return np.asarray(self.linear.get(site.name, 0.0) * share + square * share**2)
 
 
-def split(sites: Iterable[Site], amounts: Mapping[tuple[int, int], float]) -> Split:
-    """Attribute the amounts of constants, by (node index, slot), to the sites that cut them."""
-    axes: dict[tuple[int, int], dict[int, list[tuple[str, float]]]] = {}
+Names = tuple[str, ...]
+
+
+def split(sites: Sequence[Site], amounts: Mapping[tuple[int, int], float], products: Iterable[tuple[Names, float]] = ()) -> Split:
+    """Attribute the amounts of constants, by (node index, slot), to the sites that cut them.
+
+    Two sites may cut different axes of a constant, different parts of one axis, or the same positions of one axis (heads, and the depth
+    of every head).
+
+    Args:
+        products: amounts that are in proportion to all sites named.
+    """
+    axes: dict[tuple[int, int], dict[int, list[tuple[str, np.ndarray]]]] = {}
     for site in sites:
         for leaf in site.group.leaves:
-            cuts = axes.setdefault((leaf.node.index, leaf.slot), {}).setdefault(leaf.axis, [])
-            cuts.append((site.name, float((leaf.labels >= 0).mean())))
+            axes.setdefault((leaf.node.index, leaf.slot), {}).setdefault(leaf.axis, []).append((site.name, leaf.labels >= 0))
+    parts = list(products)
+    for use, cuts in axes.items():
+        whole: list[tuple[Names, float]] = [((), amounts.get(use, 0.0))]
+        for cut in cuts.values():
+            whole = [((*names, *more), amount * share) for names, amount in whole for more, share in _classes(cut)]
+        parts += whole
     linear: dict[str, float] = {}
     square: dict[str, float] = {}
     pairs: dict[tuple[str, str], float] = {}
-    for use, cuts_by_axis in axes.items():
-        parts = [[*cuts, ("", 1.0 - sum(share for _, share in cuts))] for cuts in cuts_by_axis.values()]
-        for name, other, share in _products(parts):
-            amount = amounts.get(use, 0.0) * share
-            if not amount or not (name or other):
-                continue
-            if not name or not other:
-                linear[name or other] = linear.get(name or other, 0.0) + amount
-            elif name == other:
-                square[name] = square.get(name, 0.0) + amount
-            else:
-                key = (min(name, other), max(name, other))
-                pairs[key] = pairs.get(key, 0.0) + amount
+    for names, amount in parts:
+        if not names or not amount:
+            continue
+        first, second = (names[0], names[-1])  # of more than two, the others count as kept: an upper bound
+        if len(names) == 1:
+            linear[first] = linear.get(first, 0.0) + amount
+        elif first == second:
+            square[first] = square.get(first, 0.0) + amount
+        else:
+            key = (min(first, second), max(first, second))
+            pairs[key] = pairs.get(key, 0.0) + amount
     return Split(linear, square, tuple(Pair(first, second, cost) for (first, second), cost in sorted(pairs.items())))
 
 
-def _products(parts: list[list[tuple[str, float]]]) -> list[tuple[str, str, float]]:
-    """(site or none, site or none, share) of every piece of a constant cut along one or two axes."""
-    if len(parts) == 1:
-        return [(name, "", share) for name, share in parts[0]]
-    return [(name, other, share * more) for name, share in parts[0] for other, more in parts[1]]
+def _classes(cuts: Sequence[tuple[str, np.ndarray]]) -> list[tuple[Names, float]]:
+    """Sets of sites that cut the same positions of an axis, each with its share of the positions."""
+    held = np.stack([mask for _, mask in cuts])
+    patterns, counts = np.unique(held, axis=1, return_counts=True)
+    return [
+        (tuple(name for (name, _), inside in zip(cuts, pattern, strict=True) if inside), float(count / held.shape[1]))
+        for pattern, count in zip(patterns.T, counts, strict=True)
+    ]

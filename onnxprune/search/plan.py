@@ -20,7 +20,7 @@ from onnxprune.graph.vocabulary import VocabMap, Vocabulary
 from onnxprune.quantize.form import Int8Form
 
 SCHEMA = "onnxprune.plan/1"
-_FACTORS, _INTEGERS, _READS = "factors", "integers", "reads"
+_FACTORS, _INTEGERS, _READS, _BASIS = "factors", "integers", "reads", "basis"
 Changes = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -31,7 +31,8 @@ class Plan:
     ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow, in order;
     ``caches`` the inputs for keys and values of a decoder that lose heads; ``int8`` what computes in integers, and how (None: nothing
     does); ``vocabularies`` the rows that stay in tables of words, and ``vocab_map`` who maps ids to them; ``example`` the shapes of inputs
-    the model is known to run on; ``changes`` the compensated constants by (node name, input slot). These, the smoothing factors and
+    the model is known to run on; ``changes`` the compensated constants by (node name, input slot); ``bases`` the turns inside attention
+    heads, of which ``kept`` counts the directions, by site. These, the smoothing factors and
     rounded weights of ``int8`` and the rows that ids read are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash
     in it.
     """
@@ -53,6 +54,7 @@ class Plan:
     vocab_map: VocabMap = "graph"
     example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
+    bases: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def removed(self) -> dict[str, int]:
@@ -78,7 +80,7 @@ class Plan:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        content = {name: value for name, value in asdict_shallow(self).items() if name != "changes"}
+        content = {name: value for name, value in asdict_shallow(self).items() if name not in ("changes", "bases")}
         content["refusals"] = [refusal.as_dict() for refusal in self.refusals]
         content["kept"] = {site: list(units) for site, units in self.kept.items()}
         content["example"] = {name: list(shape) for name, shape in self.example.items()}
@@ -92,9 +94,10 @@ class Plan:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that is stored beside the JSON file: compensated constants, smoothing factors, rounded weights, rows of ids."""
+        """All that is stored beside the JSON file: compensated constants, bases of heads, smoothing factors, rounded weights, ids."""
         constants = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
         constants |= {f"{number}:{_READS}": words.reads for number, words in enumerate(self.vocabularies)}
+        constants |= {f"{site}:{_BASIS}": basis for site, basis in self.bases.items()}
         if self.int8 is None:
             return constants
         factors = {f"{tensor}:{_FACTORS}": array for tensor, array in self.int8.factors.items()}
@@ -196,7 +199,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     wanted = content.pop("compensation_sha256", None)
     content.pop("schema")
     try:
-        constants, named = _read_arrays(weights_beside(source)) if wanted else ({}, {_FACTORS: {}, _INTEGERS: {}, _READS: {}})
+        constants, named = _read_arrays(weights_beside(source)) if wanted else ({}, {_FACTORS: {}, _INTEGERS: {}, _READS: {}, _BASIS: {}})
         plan = Plan(
             **{
                 **content,
@@ -213,6 +216,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 ),
                 "vocab_map": content["vocab_map"],
                 "changes": constants,
+                "bases": named[_BASIS],
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -225,11 +229,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, dict[str, np.ndarray]]]:
-    """Compensated constants by (node, slot); and by kind smoothing factors by tensor, integers by node, rows of ids by vocabulary."""
+    """Compensated constants by (node, slot); by kind smoothing factors by tensor, integers by node, rows of ids, bases by site."""
     if not path.is_file():
         raise InputError(f"the plan needs its weights: {path} is missing; copy it next to the plan")
     constants: dict[tuple[str, int], np.ndarray] = {}
-    named: dict[str, dict[str, np.ndarray]] = {_FACTORS: {}, _INTEGERS: {}, _READS: {}}
+    named: dict[str, dict[str, np.ndarray]] = {_FACTORS: {}, _INTEGERS: {}, _READS: {}, _BASIS: {}}
     for key, array in read_npz(path).items():
         name, slot = key.rsplit(":", 1)
         if slot in named:

@@ -47,14 +47,14 @@ def test_passes_come_in_the_order_asked_for_each_once() -> None:
 
 def test_width_passes_say_their_kind_and_rewrites_are_apart() -> None:
     widths = {item.name: item.kind for item in registry().values() if isinstance(item, WidthPass)}
-    assert widths == {"heads": "heads", "ffn": "ffn", "channels": "channels"}
+    assert widths == {"heads": "heads", "ffn": "ffn", "channels": "channels", "qk": "qk", "vo": "vo"}
     assert isinstance(registry()["residual-sum"], RewritePass)
     assert all(item.summary and item.detail for item in registry().values())
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("head", "heads"), ("fnn", "ffn"), ("residual_sum", "residual-sum")])
 def test_an_unknown_pass_suggests_the_nearest(wrong: str, near: str) -> None:
-    with pytest.raises(InputError, match=f"unknown pass '{wrong}'; did you mean '{near}'.*known passes: heads, ffn, channels, int8, .*residual-sum"):
+    with pytest.raises(InputError, match=f"unknown pass '{wrong}'; did you mean '{near}'.*known passes: heads, ffn, channels, qk, vo, int8, .*residual-sum"):
         select(["heads", wrong])
 
 
