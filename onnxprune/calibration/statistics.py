@@ -115,3 +115,43 @@ class Statistics:
         if schema != _SCHEMA:
             raise InputError(f"{path} has schema {schema!r}; this version reads {_SCHEMA!r}")
         return statistics
+
+
+_BLOCK_ROWS = 2048
+
+
+class SecondMoment:
+    """x'x and the sum of rows x [1, width], in float64: one float32 product for every 2,048 rows."""
+
+    def __init__(self, width: int) -> None:
+        self.sum = np.zeros((width, width))
+        self.total = np.zeros(width)
+        self.rows = 0
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, rows: np.ndarray) -> None:
+        """Add rows [rows, width]."""
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= _BLOCK_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring the sum up to date with every row added."""
+        if self._waiting:
+            block = np.concatenate(self._waiting)
+            self._waiting.clear()
+            self.sum += block.T @ block
+            self.total += block.sum(axis=0, dtype=np.float64)
+            self.rows += len(block)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """x'x per row."""
+        self.flush()
+        return self.sum / max(self.rows, 1)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """x'x per row of rows less their mean."""
+        mean = self.mean
+        return mean - np.outer(self.total, self.total) / max(self.rows, 1) ** 2

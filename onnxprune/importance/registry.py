@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Needs = Literal["gradients", "moments", "weights"]
+Needs = Literal["curvature", "gradients", "moments", "weights"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class Criterion:
 CRITERIA: Mapping[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
+        Criterion(
+            "kfac",
+            "curvature",
+            "loss after the best update of what stays, by Kronecker factors of its curvature, one unit after the other",
+            "Martens and Grosse, ICML 2015; ZipLM, NeurIPS 2023; LLM Surgeon, ICLR 2024",
+        ),
         Criterion("fisher", "gradients", "mean squared per-sample gradient of the unit's mask", "Kwon et al., NeurIPS 2022, eq. 8"),
         Criterion(
             "block-fisher", "gradients", "fisher, then the choice inside each layer rearranged by the block Fisher", "Kwon et al., eq. 10"
@@ -29,3 +35,6 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("obs", "moments", "layer loss after the best update of the other rows", "ZipLM, NeurIPS 2023, one step"),
     )
 }
+
+AUTO = "auto"
+"""``kfac`` where every site is read by one plain matrix, else ``fisher``."""

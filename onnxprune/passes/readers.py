@@ -49,13 +49,23 @@ class Reader:
         ``places`` bounds the rows that a sample gives; convolutions draw as many, matrices give all.
         """
         del places, rng
-        flat = x.reshape(-1, x.shape[-1])
-        if self.branch.order is not None:
-            error = error.transpose(np.argsort(self.branch.order))
         gain = np.asarray(self.branch.gain, np.float64)
         dead = np.abs(gain) <= _DEAD_GAIN * np.abs(gain).max(initial=1e-30)
         inverse = np.where(dead, 0.0, 1 / np.where(dead, 1.0, gain))  # nothing passes a dead scale, so nothing is asked of it
-        return flat, (error * inverse).astype(np.float32).reshape(len(flat), -1)
+        return self.rows(x), self._made(error, inverse)
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """Rows of what a matrix reads, [rows, inputs]."""
+        return x.reshape(-1, x.shape[-1])
+
+    def gradients(self, adjoint: np.ndarray) -> np.ndarray:
+        """The adjoint at what a matrix makes, [rows, outputs], from that at the target."""
+        return self._made(adjoint, np.asarray(self.branch.gain, np.float64))
+
+    def _made(self, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        if self.branch.order is not None:
+            values = values.transpose(np.argsort(self.branch.order))
+        return np.asarray((values * scale).astype(np.float32).reshape(-1, values.shape[-1]))
 
     @property
     def inputs(self) -> int:

@@ -122,7 +122,7 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage],
         if site.kind == "qk" or (site.kind == "channels" and not channels):
             continue  # two activations meet over the depth of queries and keys: there is no matrix to fit
         for consumer in site.consumers:
-            found = _reader(anatomy, site, consumer, view, node_of, kept)
+            found = student_reader(anatomy, site, consumer, view, node_of, kept)
             if isinstance(found, str):
                 skipped.append(SiteFit(site.name, False, 1.0, found))
             else:
@@ -133,7 +133,10 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage],
     return sorted(stages.values(), key=lambda stage: view.producer[stage.reader.target].index), skipped
 
 
-def _reader(anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept) -> Reader | str:
+def student_reader(
+    anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept
+) -> Reader | str:
+    """What reads a site in a student, or why it cannot be fitted. ``view`` is the student's, ``node_of`` its nodes by name."""
     node = node_of.get(consumer.leaf.node.name)
     if len(site.consumers) > 1 and site.kind != "channels":
         return "several matrices read this axis"

@@ -21,6 +21,7 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
 from onnxprune.importance.fisher import diagonal, rearrange
 from onnxprune.importance.registry import CRITERIA
+from onnxprune.passes.curvature import curvature_scores
 from onnxprune.passes.refit import Changes, SiteFit, refit
 from onnxprune.passes.scoring import fisher_sums, local_scores, mask_gradients
 from onnxprune.runtime.session import RuntimeOptions
@@ -64,7 +65,7 @@ class Recipe:
     ``align``: FFN widths are multiples of this when the cost is measured time (channels of 8); ``uniform``: equal numbers of units in all layers.
     """
 
-    importance: str = "fisher"
+    importance: str = "kfac"
     compensation: str = "refit"
     rounds: int = 4
     align: int = 16
@@ -120,6 +121,20 @@ def dense_student(anatomy: Anatomy, sites: Sequence[Site]) -> Student:
 def score(bench: Workbench, student: Student, draw: int) -> Scores:
     """Measure the importance of the units of ``student``. ``draw`` selects the random targets of this round."""
     name = bench.recipe.importance
+    if CRITERIA[name].needs == "curvature":
+        return Scores(
+            curvature_scores(
+                bench.anatomy,
+                student.model,
+                student.kept,
+                bench.sites,
+                bench.objective,
+                bench.targets,
+                draw,
+                bench.options,
+                bench.report("curvature"),
+            )
+        )
     if CRITERIA[name].needs != "gradients":
         return Scores(local_scores(student.model, student.kept, bench.sites, name, bench.batches, bench.options))
     batches = mask_gradients(

@@ -12,7 +12,7 @@ from onnx import helper
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
 from onnxprune.calibration.prefix import Prefix
-from onnxprune.calibration.statistics import Statistics
+from onnxprune.calibration.statistics import SecondMoment, Statistics
 from onnxprune.calibration.sweep import sweep
 from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Consumer, Site
@@ -169,16 +169,13 @@ def gram_matrices(
     """Mean of x'x over the real tokens x [1, kept positions] that the consumer of each site reads: site -> float64 square matrix."""
     alive = [site for site in sites if len(kept[site.name])]
     tensors = [site.consumers[0].tensor for site in alive]
-    sums: dict[str, np.ndarray] = {}
+    moments: dict[str, SecondMoment] = {}
     session = open_session(with_outputs(student, tensors, keep=False), options)
-    rows = dict.fromkeys((site.name for site in alive), 0)
     for batch in batches:
         for site, value in zip(alive, run(session, cut_feeds(student, batch.feeds), tensors), strict=True):
             x = _rows_read(site, batch, value)
-            gram = (x.T @ x).astype(np.float64)
-            sums[site.name] = sums[site.name] + gram if site.name in sums else gram
-            rows[site.name] += len(x)
-    return {name: gram / max(rows[name], 1) for name, gram in sums.items()}
+            moments.setdefault(site.name, SecondMoment(x.shape[1])).add(x)
+    return {name: moment.mean for name, moment in moments.items()}
 
 
 def _rows_read(site: Site, batch: Batch, value: np.ndarray) -> np.ndarray:

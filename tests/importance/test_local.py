@@ -70,6 +70,6 @@ def test_a_unit_that_others_can_replace_costs_nothing_to_obs_but_has_energy() ->
 
 
 def test_criteria_name_their_source_and_what_they_need() -> None:
-    assert set(CRITERIA) == {"fisher", "block-fisher", "magnitude", "energy", "obs"}
+    assert set(CRITERIA) == {"kfac", "fisher", "block-fisher", "magnitude", "energy", "obs"}
     assert all(name == criterion.name and criterion.source and criterion.summary for name, criterion in CRITERIA.items())
     assert {name for name, criterion in CRITERIA.items() if criterion.needs == "gradients"} == {"fisher", "block-fisher"}

@@ -217,12 +217,13 @@ def test_nothing_is_fitted_to_a_model_that_lost_nothing() -> None:
     assert student.changes == {}
 
 
-def test_progress_counts_batches_and_sublayers() -> None:
+@pytest.mark.parametrize(("importance", "step"), [("kfac", "curvature"), ("fisher", "mask gradients")])
+def test_progress_counts_batches_and_sublayers(importance: str, step: str) -> None:
     calls: list[tuple[str, int, int]] = []
-    bench = workbench(BERT, count=16, progress=lambda *call: calls.append(call))
+    bench = workbench(BERT, count=16, importance=importance, progress=lambda *call: calls.append(call))
     table = counted(bench, BERT, "macs")
     descend(bench, table, 0.8 * table.full, 2)
-    assert [call for call in calls if call[0] == "mask gradients"] == [("mask gradients", done, 2) for done in (1, 2)] * 2
+    assert [call for call in calls if call[0] == step] == [(step, done, 2) for done in (1, 2)] * 2
     fits = [call for call in calls if call[0] == "re-fit"]
     assert fits[-1][1] == fits[-1][2]
 

@@ -27,6 +27,7 @@ Link = Literal["softmax", "identity"]
 TARGET = "onnxprune.target"
 WEIGHT = "onnxprune.weight"
 GRADIENT = "onnxprune.grad."
+ADJOINT = "onnxprune.adjoint."
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,58 @@ def gradient_model(
     Raises:
         InputError: a tensor does not exist or a tap does not fit it; an operator has no rule (:class:`MissingGradient`).
     """
-    lowered = lower(model)
-    lowered = _with_scatter_add(lowered)
-    if profile is None or lowered is not model:
-        profile = take_profile(lowered, samples)
-    tape = Tape(_alive(lowered, [output, *(tap.tensor for tap in taps)]), profile)
+    tape = _tape(model, [output, *(tap.tensor for tap in taps)], profile, samples)
     seed = seed_of(tape, output, link)
     adjoints = differentiate(tape, {output: seed}, list(dict.fromkeys(tap.tensor for tap in taps)))
     for tap in taps:
         emit_tap(tape, tap, adjoints.get(tap.tensor))
+    made = [helper.make_tensor_value_info(GRADIENT + tap.name, TensorProto.FLOAT, [None, tap.units]) for tap in taps]
+    return _closed(tape, output, made)
+
+
+def adjoint_model(
+    model: Model,
+    tensors: Sequence[str],
+    read: Sequence[str],
+    output: str,
+    link: Link,
+    samples: Mapping[str, np.ndarray] | None = None,
+) -> tuple[Model, frozenset[str]]:
+    """A model of the inputs and the loss of :func:`gradient_model` that returns adjoints and activations as they are.
+
+    Its outputs are ``onnxprune.adjoint.<tensor>``, the derivative of the summed loss by each of ``tensors``, and the activations ``read``.
+
+    Returns:
+        The model, and the ``tensors`` that the loss depends on: the others have no adjoint among the outputs.
+
+    Raises:
+        InputError: as for :func:`gradient_model`.
+    """
+    tape = _tape(model, [output, *tensors, *read], None, samples)
+    adjoints = differentiate(tape, {output: seed_of(tape, output, link)}, list(dict.fromkeys(tensors)))
+    felt = [tensor for tensor in dict.fromkeys(tensors) if tensor in adjoints]
+    for tensor in felt:
+        tape.op("Identity", adjoints[tensor], output=ADJOINT + tensor)
+    names = [*(ADJOINT + tensor for tensor in felt), *dict.fromkeys(read)]
+    return _closed(tape, output, [helper.make_empty_tensor_value_info(name) for name in names]), frozenset(felt)
+
+
+def _tape(model: Model, tensors: Sequence[str], profile: Profile | None, samples: Mapping[str, np.ndarray] | None) -> Tape:
+    lowered = _with_scatter_add(lower(model))
+    if profile is None or lowered is not model:
+        profile = take_profile(lowered, samples)
+    return Tape(_alive(lowered, tensors), profile)
+
+
+def _closed(tape: Tape, output: str, made: Sequence[onnx.ValueInfoProto]) -> Model:
+    """The graph with what was emitted, the inputs of the loss, and these outputs alone."""
     graph = tape.proto.graph
     graph.node.extend(tape.nodes)
     rank = len(tape.dims(output)[0])
     graph.input.append(helper.make_tensor_value_info(TARGET, TensorProto.FLOAT, [None] * rank))
     graph.input.append(helper.make_tensor_value_info(WEIGHT, TensorProto.FLOAT, [None] * (rank - 1)))
     del graph.output[:]
-    graph.output.extend(helper.make_tensor_value_info(GRADIENT + tap.name, TensorProto.FLOAT, [None, tap.units]) for tap in taps)
+    graph.output.extend(made)
     return drop_dead(tape.model.with_proto(tape.proto))
 
 

@@ -1,0 +1,130 @@
+"""Scores that know both the loss and the compensation: structured elimination under the curvature of the loss at a site's output.
+
+The loss feels a change D of the matrix that reads a site by about trace(G D' H D) / 2, with H the second moment of what the matrix reads
+and G that of the loss's gradient at what it makes: the Kronecker-factored Fisher of Martens and Grosse (ICML 2015). Fisher scores of masks
+know no compensation, and reconstruction errors (ZipLM, OSSCAR) do not know what the loss thinks of them. Under both factors the errors of
+all sites are in one unit, so that one knapsack compares them; van der Ouderaa et al. (The LLM Surgeon, ICLR 2024) choose so between
+weights of language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from onnxprune.calibration.data import Batch
+from onnxprune.calibration.objective import Objective, Targets
+from onnxprune.calibration.statistics import SecondMoment
+from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.autodiff import ADJOINT, adjoint_model
+from onnxprune.graph.caches import cut_feeds
+from onnxprune.graph.model import Model
+from onnxprune.graph.slicing import Kept
+from onnxprune.graph.view import GraphView
+from onnxprune.importance.elimination import eliminate
+from onnxprune.passes.readers import Reader
+from onnxprune.passes.refit import RIDGE, student_reader
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
+
+
+def obstacle(anatomy: Anatomy, sites: Sequence[Site]) -> str | None:
+    """Why some site of ``anatomy`` cannot be scored by curvature; None if all can."""
+    if anatomy.model.paged:
+        return "the model is too large to hold the gradients of all sites at once"
+    for site in sites:
+        found = _reader(anatomy, site, GraphView(anatomy.model), {})
+        if isinstance(found, str):
+            return f"{site.name}: {found}"
+    return None
+
+
+def curvature_scores(
+    anatomy: Anatomy,
+    student: Model,
+    kept: Kept,
+    sites: Sequence[Site],
+    objective: Objective,
+    targets: Targets,
+    draw: int,
+    options: RuntimeOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Saliency of every kept unit: site -> float64 [kept units], in units of the loss (twice the divergence of a sample, to second order).
+
+    Args:
+        student: the sliced and re-fitted model; its sites must have no :func:`obstacle`.
+        draw: selects the random targets.
+        progress: called with (batches done, batches in all).
+    """
+    view = GraphView(student)
+    readers = {site.name: _reader(anatomy, site, view, kept) for site in sites if len(kept[site.name])}
+    assert all(isinstance(reader, Reader) for reader in readers.values())
+    found: dict[str, Reader] = {name: reader for name, reader in readers.items() if isinstance(reader, Reader)}
+    inputs, gradients, samples = _moments(student, found, objective, targets, draw, options, progress)
+    scores = {site.name: np.zeros(len(kept[site.name])) for site in sites}
+    with threadpool_limits(options.threads or None):
+        for name, reader in found.items():
+            weight = view.value(reader.node.inputs[reader.slot])
+            assert weight is not None
+            if name in gradients:
+                metric = _root(gradients[name].mean * (gradients[name].rows / samples))
+                matrix = reader.matrix(weight).astype(np.float64) @ metric
+                # A bias follows the mean of what goes.
+                moment = inputs[name].mean if reader.branch.bias is None else inputs[name].covariance
+                scores[name] = eliminate(moment, matrix, reader.units(), len(kept[name]), RIDGE).saliency
+    return scores
+
+
+def _reader(anatomy: Anatomy, site: Site, view: GraphView, kept: Kept) -> Reader | str:
+    if site.kind == "channels":
+        return "channels are read by several convolutions"
+    if len(site.consumers) != 1:
+        return "several matrices read this axis"
+    return student_reader(anatomy, site, site.consumers[0], view, {node.name: node for node in view.nodes}, kept)
+
+
+def _moments(
+    student: Model,
+    readers: Mapping[str, Reader],
+    objective: Objective,
+    targets: Targets,
+    draw: int,
+    options: RuntimeOptions,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, SecondMoment], dict[str, SecondMoment], int]:
+    """Of what each matrix reads and of the gradients at what it makes, over real rows; and the number of samples."""
+    batches = targets.batches
+    read = [reader.tensor for reader in readers.values()]
+    model, felt = adjoint_model(
+        student,
+        [reader.target for reader in readers.values()],
+        read,
+        objective.tensor,
+        objective.link,
+        samples=cut_feeds(student, batches[0].feeds),
+    )
+    session = open_session(model, options)
+    names = list(dict.fromkeys([*read, *(ADJOINT + tensor for tensor in sorted(felt))]))
+    inputs: dict[str, SecondMoment] = {}
+    gradients: dict[str, SecondMoment] = {}
+    for number, batch in enumerate(batches):
+        values = dict(zip(names, run(session, {**cut_feeds(student, batch.feeds), **targets.feeds(number, draw)}, names), strict=True))
+        for name, reader in readers.items():
+            _add(inputs, name, batch, reader.rows(values[reader.tensor]))
+            if ADJOINT + reader.target in values:
+                _add(gradients, name, batch, reader.gradients(values[ADJOINT + reader.target]))
+        if progress:
+            progress(number + 1, len(batches))
+    return inputs, gradients, sum(int(batch.valid.sum()) for batch in batches)
+
+
+def _add(moments: dict[str, SecondMoment], name: str, batch: Batch, rows: np.ndarray) -> None:
+    moments.setdefault(name, SecondMoment(rows.shape[1])).add(rows[batch.real_rows(len(rows))])
+
+
+def _root(moment: np.ndarray) -> np.ndarray:
+    """A matrix whose product with its transpose is ``moment``, [n, n]."""
+    values, vectors = np.linalg.eigh(moment)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))

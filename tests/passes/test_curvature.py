@@ -1,0 +1,92 @@
+"""Curvature scores: the gradients they are made of, what they predict, and where they cannot be had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from onnxprune.graph.autodiff import ADJOINT, adjoint_model
+from onnxprune.graph.view import GraphView
+from onnxprune.passes.curvature import curvature_scores, obstacle
+from onnxprune.passes.readers import Reader
+from onnxprune.passes.refit import student_reader
+from onnxprune.passes.rounds import Workbench, cut, dense_student, score
+from onnxprune.passes.scoring import mask_gradients
+from onnxprune.runtime.session import open_session, run
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, workbench
+
+
+def halved(bench: Workbench) -> dict[str, np.ndarray]:
+    return {site.name: np.arange(site.order % 2, site.units, 2) for site in bench.sites}
+
+
+def readers(bench: Workbench, kept: dict[str, np.ndarray], view: GraphView) -> dict[str, Reader]:
+    by_name = {node.name: node for node in view.nodes}
+    found = {site.name: student_reader(bench.anatomy, site, site.consumers[0], view, by_name, kept) for site in bench.sites}
+    assert all(isinstance(reader, Reader) for reader in found.values())
+    return {name: reader for name, reader in found.items() if isinstance(reader, Reader)}
+
+
+@pytest.mark.parametrize("name", [BERT, VIT, GPT2, LLAMA])
+def test_what_is_read_times_what_the_loss_feels_is_the_mask_gradient(name: str) -> None:
+    """Of a pruned student: the two factors come from the same rows in the same order, whatever lies between product and residual sum."""
+    bench = workbench(name)
+    student = cut(bench, halved(bench))
+    view = GraphView(student.model)
+    found = readers(bench, student.kept, view)
+    batch = bench.batches[0]
+    model, felt = adjoint_model(
+        student.model,
+        [reader.target for reader in found.values()],
+        [reader.tensor for reader in found.values()],
+        bench.objective.tensor,
+        bench.objective.link,
+        batch.feeds,
+    )
+    assert felt == {reader.target for reader in found.values()}
+    names = [*(ADJOINT + tensor for tensor in felt), *(reader.tensor for reader in found.values())]
+    values = dict(zip(names, run(open_session(model), {**batch.feeds, **bench.targets.feeds(0, 1)}, names), strict=True))
+    masks = next(iter(mask_gradients(student.model, student.kept, bench.sites, bench.objective, bench.targets, 1, bench.options)))
+    for site, reader in found.items():
+        weight = view.value(reader.node.inputs[reader.slot])
+        assert weight is not None
+        product = reader.rows(values[reader.tensor]) * (reader.gradients(values[ADJOINT + reader.target]) @ reader.matrix(weight).T)
+        by_unit = product @ (reader.units()[:, None] == np.arange(len(student.kept[site])))
+        by_sample = by_unit.reshape(len(batch), -1, by_unit.shape[1]).sum(axis=1)
+        expected = masks[site]
+        np.testing.assert_allclose(by_sample[batch.valid], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_units_of_no_use_cost_nothing_and_go_first() -> None:
+    bench = workbench(BERT)
+    site = next(site for site in bench.sites if site.kind == "ffn")
+    leaf = site.consumers[0].leaf
+    student = dense_student(bench.anatomy, bench.sites)
+    weight = student.model.weights[leaf.tensor].copy()
+    np.moveaxis(weight, leaf.axis, 0)[::3] = 0
+    model = replace(student.model, weights={**student.model.weights, leaf.tensor: weight})
+    scores = curvature_scores(
+        bench.anatomy, model, student.kept, bench.sites, bench.objective, bench.targets, 1, bench.options
+    )[site.name]
+    dead = np.zeros(site.units, bool)
+    dead[::3] = True
+    assert scores[dead].max() < 1e-6 * scores[~dead].max()
+
+
+def test_scores_of_a_student_are_those_of_its_kept_units() -> None:
+    bench = workbench(BERT, importance="kfac")
+    kept = {**halved(bench), "layer.1.heads": np.zeros(0, np.int64)}
+    scores = score(bench, cut(bench, kept), 1)
+    assert {name: len(values) for name, values in scores.saliency.items()} == {name: len(units) for name, units in kept.items()}
+    assert all((values >= 0).all() for values in scores.saliency.values())
+
+
+def test_large_models_and_sites_without_a_plain_reader_are_obstacles() -> None:
+    bench = workbench(BERT)
+    assert obstacle(bench.anatomy, bench.sites) is None
+    paged = replace(bench.anatomy, model=replace(bench.anatomy.model, paged=True))
+    assert "too large" in str(obstacle(paged, bench.sites))
+    twice = replace(bench.sites[0], consumers=bench.sites[0].consumers * 2)
+    assert obstacle(bench.anatomy, [twice]) == f"{twice.name}: several matrices read this axis"
