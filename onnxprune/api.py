@@ -31,7 +31,7 @@ from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
 from onnxprune.graph.turning import turned
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
-from onnxprune.importance.registry import AUTO, CRITERIA
+from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish, shipped
 from onnxprune.passes.base import exact
@@ -91,7 +91,7 @@ def settings(
     max_drop: float | str | None = None,
     output_name: str | None = None,
     loss: LossSource = "sampled",
-    importance: str = AUTO,
+    importance: str = "kfac",
     compensation: str = "refit",
     rounds: int = 4,
     seed: int = 0,
@@ -119,8 +119,8 @@ def settings(
     targets = [parse_target(quantity, text) for quantity, text in given.items() if text is not None]  # type: ignore[arg-type]
     if len(targets) > 1:
         raise InputError(f"give one target, not {len(targets)}: {', '.join(map(str, targets))}")
-    if importance not in (AUTO, *CRITERIA):
-        raise InputError(f"unknown importance {importance!r}; known: {', '.join((AUTO, *CRITERIA))}")
+    if importance not in CRITERIA:
+        raise InputError(f"unknown importance {importance!r}; known: {', '.join(CRITERIA)}")
     if int8 not in ("auto", "dynamic", "static"):
         raise InputError(f"unknown int8 scheme {int8!r}; known: auto, dynamic, static")
     if compensation not in ("refit", "scale", "none"):

@@ -219,7 +219,7 @@ settings_options = stack(
         show_default=True,
         help="Gradients of labels drawn from the model, or of 'labels' in the data.",
     ),
-    option("--importance", heading="How to decide", default="auto", show_default=True, metavar="NAME", help="How units are scored."),
+    option("--importance", heading="How to decide", default="kfac", show_default=True, metavar="NAME", help="How units are scored."),
     option(
         "--compensation",
         heading="How to decide",

@@ -35,6 +35,3 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("obs", "moments", "layer loss after the best update of the other rows", "ZipLM, NeurIPS 2023, one step"),
     )
 }
-
-AUTO = "auto"
-"""``kfac`` where every site is read by one plain matrix, else ``fisher``."""

@@ -29,15 +29,12 @@ from onnxprune.passes.refit import RIDGE, student_reader
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 
 
-def obstacle(anatomy: Anatomy, sites: Sequence[Site]) -> str | None:
-    """Why some site of ``anatomy`` cannot be scored by curvature; None if all can."""
+def obstacle(anatomy: Anatomy, site: Site) -> str | None:
+    """Why a site cannot be scored by curvature; None if it can."""
     if anatomy.model.paged:
         return "the model is too large to hold the gradients of all sites at once"
-    for site in sites:
-        found = _reader(anatomy, site, GraphView(anatomy.model), {})
-        if isinstance(found, str):
-            return f"{site.name}: {found}"
-    return None
+    found = _reader(anatomy, site, anatomy.view, {})
+    return found if isinstance(found, str) else None
 
 
 def curvature_scores(
@@ -80,6 +77,8 @@ def curvature_scores(
 def _reader(anatomy: Anatomy, site: Site, view: GraphView, kept: Kept) -> Reader | str:
     if site.kind == "channels":
         return "channels are read by several convolutions"
+    if site.kind == "qk":
+        return "two activations meet over this axis"
     if len(site.consumers) != 1:
         return "several matrices read this axis"
     return student_reader(anatomy, site, site.consumers[0], view, {node.name: node for node in view.nodes}, kept)

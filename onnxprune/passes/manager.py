@@ -25,8 +25,6 @@ from onnxprune.graph.paged import run_batches
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import cuts_of
 from onnxprune.passes.base import exact
-from onnxprune.importance.registry import AUTO
-from onnxprune.passes.curvature import obstacle
 from onnxprune.passes.depth import with_turned_heads
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
@@ -132,8 +130,7 @@ class _Search:
         self.request = request_feeds(study_.given, data, settings.input_shapes)
         self.example = {name: array.shape for name, array in examples(data).items()}
         align = GRANULARITY.get(settings.runtime.short_provider, settings.recipe.align)
-        recipe = replace(settings.recipe, align=align, importance=_importance(study_, settings.recipe.importance))
-        self.bench = self._workbench(recipe)
+        self.bench = self._workbench(replace(settings.recipe, align=align))
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
         self.refusals = study_.refusals
@@ -470,23 +467,6 @@ class _Search:
             self.shipping,
             self.refusals,
         )
-
-
-def _importance(study_: Study, asked: str) -> str:
-    """The criterion asked for, or the best that scores every site.
-
-    Raises:
-        InputError: ``kfac`` is asked for and cannot score a site.
-    """
-    if asked not in (AUTO, "kfac"):
-        return asked
-    why = obstacle(study_.anatomy, study_.sites)
-    if why is None:
-        return "kfac"
-    if asked == "kfac":
-        raise InputError(f"importance 'kfac' cannot be computed here: {why}; use fisher, or leave the site out with --exclude")
-    log.info("scored by fisher, as kfac cannot be computed here: %s", why)
-    return "fisher"
 
 
 def summary(sites: Sequence[Site], plan: Plan) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
 from onnxprune.importance.fisher import diagonal, rearrange
 from onnxprune.importance.registry import CRITERIA
-from onnxprune.passes.curvature import curvature_scores
+from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.refit import Changes, SiteFit, refit
 from onnxprune.passes.scoring import fisher_sums, local_scores, mask_gradients
 from onnxprune.runtime.session import RuntimeOptions
@@ -121,34 +121,42 @@ def dense_student(anatomy: Anatomy, sites: Sequence[Site]) -> Student:
 def score(bench: Workbench, student: Student, draw: int) -> Scores:
     """Measure the importance of the units of ``student``. ``draw`` selects the random targets of this round."""
     name = bench.recipe.importance
-    if CRITERIA[name].needs == "curvature":
-        return Scores(
-            curvature_scores(
-                bench.anatomy,
-                student.model,
-                student.kept,
-                bench.sites,
-                bench.objective,
-                bench.targets,
-                draw,
-                bench.options,
-                bench.report("curvature"),
-            )
-        )
-    if CRITERIA[name].needs != "gradients":
+    needs = CRITERIA[name].needs
+    if needs == "curvature":
+        return _by_curvature(bench, student, draw)
+    if needs != "gradients":
         return Scores(local_scores(student.model, student.kept, bench.sites, name, bench.batches, bench.options))
-    batches = mask_gradients(
-        student.model, student.kept, bench.sites, bench.objective, bench.targets, draw, bench.options, bench.report("mask gradients")
-    )
-    empty = np.zeros(0)
     if name == "block-fisher":
         parts: dict[str, list[np.ndarray]] = {}
-        for site, values in (item for batch in batches for item in batch.items()):
+        for site, values in (item for batch in _gradients(bench, student, bench.sites, draw) for item in batch.items()):
             parts.setdefault(site, []).append(values)
         gradients = {site: np.concatenate(values) for site, values in parts.items()}
+        empty = np.zeros(0)
         return Scores({site.name: diagonal(gradients[site.name]) if site.name in gradients else empty for site in bench.sites}, gradients)
-    sums = fisher_sums(batches)
-    return Scores({site.name: sums.mean(site.name) if site.name in sums else empty for site in bench.sites})
+    return Scores(_by_fisher(bench, student, bench.sites, draw))
+
+
+def _by_curvature(bench: Workbench, student: Student, draw: int) -> Scores:
+    """Where one matrix reads a site, by curvature; elsewhere by mask gradients, whose Fisher counts in the same unit."""
+    other = [site for site in bench.sites if obstacle(bench.anatomy, site)]
+    plain = [site for site in bench.sites if site not in other]
+    scores = _by_fisher(bench, student, other, draw) if other else {}
+    if plain:
+        progress = bench.report("curvature")
+        scores |= curvature_scores(
+            bench.anatomy, student.model, student.kept, plain, bench.objective, bench.targets, draw, bench.options, progress
+        )
+    return Scores({site.name: scores[site.name] for site in bench.sites})
+
+
+def _by_fisher(bench: Workbench, student: Student, sites: Sequence[Site], draw: int) -> dict[str, np.ndarray]:
+    sums = fisher_sums(_gradients(bench, student, sites, draw))
+    return {site.name: sums.mean(site.name) if site.name in sums else np.zeros(0) for site in sites}
+
+
+def _gradients(bench: Workbench, student: Student, sites: Sequence[Site], draw: int) -> Iterator[dict[str, np.ndarray]]:
+    progress = bench.report("mask gradients")
+    return mask_gradients(student.model, student.kept, sites, bench.objective, bench.targets, draw, bench.options, progress)
 
 
 def choose(

@@ -9,6 +9,7 @@ import pytest
 
 from onnxprune.graph.autodiff import ADJOINT, adjoint_model
 from onnxprune.graph.view import GraphView
+from onnxprune.passes import rounds
 from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.readers import Reader
 from onnxprune.passes.refit import student_reader
@@ -85,8 +86,22 @@ def test_scores_of_a_student_are_those_of_its_kept_units() -> None:
 
 def test_large_models_and_sites_without_a_plain_reader_are_obstacles() -> None:
     bench = workbench(BERT)
-    assert obstacle(bench.anatomy, bench.sites) is None
+    site = bench.sites[0]
+    assert obstacle(bench.anatomy, site) is None
     paged = replace(bench.anatomy, model=replace(bench.anatomy.model, paged=True))
-    assert "too large" in str(obstacle(paged, bench.sites))
-    twice = replace(bench.sites[0], consumers=bench.sites[0].consumers * 2)
-    assert obstacle(bench.anatomy, [twice]) == f"{twice.name}: several matrices read this axis"
+    assert "too large" in str(obstacle(paged, site))
+    assert obstacle(bench.anatomy, replace(site, consumers=site.consumers * 2)) == "several matrices read this axis"
+
+
+def test_what_curvature_cannot_score_is_scored_by_fisher_in_the_same_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = workbench(BERT, importance="kfac")
+    student = dense_student(bench.anatomy, bench.sites)
+    first = bench.sites[0]
+    monkeypatch.setattr(rounds, "obstacle", lambda _, site: "why" if site is first else None)
+    mixed = score(bench, student, 1).saliency
+    fisher = score(replace(bench, recipe=replace(bench.recipe, importance="fisher")), student, 1).saliency
+    assert list(mixed) == [site.name for site in bench.sites]
+    np.testing.assert_array_equal(mixed[first.name], fisher[first.name])
+    for site in bench.sites[1:]:
+        assert 0 < mixed[site.name].mean() <= 2 * fisher[site.name].mean()
+        assert not np.array_equal(mixed[site.name], fisher[site.name])

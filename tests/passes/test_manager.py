@@ -381,12 +381,3 @@ def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.Monkey
 
 def test_arrays_of_the_cases_have_mixed_lengths() -> None:
     assert len(set(arrays(BERT)["attention_mask"].sum(axis=1))) > 4
-
-
-def test_importance_is_the_best_that_scores_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert manager._importance(study_of(BERT), "auto") == "kfac"
-    assert manager._importance(study_of(BERT), "energy") == "energy"
-    monkeypatch.setattr(manager, "obstacle", lambda anatomy, sites: "layer.0.heads: several matrices read this axis")
-    assert manager._importance(study_of(BERT), "auto") == "fisher"
-    with pytest.raises(InputError, match=r"cannot be computed here: layer\.0\.heads: several matrices read this axis; use fisher"):
-        manager._importance(study_of(BERT), "kfac")
