@@ -22,6 +22,9 @@ _BATCHES = 32
 _POOL = 3
 """The batch is chosen from this many times as many units."""
 
+_CROWDED = 0.85
+"""When fewer of the places than this are still taken, the others are cleared away."""
+
 
 @dataclass(frozen=True, eq=False)
 class Elimination:
@@ -58,80 +61,94 @@ def eliminate(gram: np.ndarray, weight: np.ndarray, labels: np.ndarray, units: i
     Raises:
         numpy.linalg.LinAlgError: ``gram`` is singular and ``ridge`` is 0.
     """
-    positions = np.argsort(labels, kind="stable").reshape(units, -1)
-    flat = positions.reshape(-1)
-    rows = np.asarray(weight, np.float64)[flat].reshape(*positions.shape, -1)
-    inverse = _inverse(gram[np.ix_(flat, flat)], ridge).reshape(*positions.shape, *positions.shape)
-    left = np.arange(units)
+    positions = np.argsort(labels, kind="stable")
+    size = len(positions) // units
+    table = np.asarray(weight, np.float64)[positions]
+    inverse = _inverse(gram[np.ix_(positions, positions)], ridge)
+    left, alive = np.arange(units), np.ones(units, bool)
     order: list[int] = []
     increments: list[float] = []
-    while len(left):
-        count = max(len(left) // _BATCHES, 1)
-        pool = np.sort(np.argsort(_losses(rows, inverse), kind="stable")[: _POOL * count])
-        taken, losses = _greedy(rows[pool], inverse[pool][:, :, pool], count)
+    while alive.any():
+        count = max(int(alive.sum()) // _BATCHES, 1)
+        losses = np.where(alive, _losses(table, _own(inverse, size)), np.inf)
+        pool = np.sort(np.argsort(losses, kind="stable")[: min(_POOL * count, int(alive.sum()))])
+        places = _places(pool, size)
+        taken, lost = _greedy(table[places], _columns(inverse, places)[places], size, count)
         gone = pool[taken]
         order += left[gone].tolist()
-        increments += losses
-        rows, inverse = _without(rows, inverse, gone)
-        left = np.delete(left, gone)
+        increments += lost
+        _remove(table, inverse, _places(gone, size))
+        alive[gone] = False
+        if alive.sum() < _CROWDED * len(alive):
+            places = _places(np.flatnonzero(alive), size)
+            table, inverse = table[places], np.asfortranarray(inverse[np.ix_(places, places)])
+            left, alive = left[alive], alive[alive]
     return Elimination(np.array(order, np.int64), np.array(increments))
 
 
 def _inverse(gram: np.ndarray, ridge: float) -> np.ndarray:
-    damped = np.array(gram, np.float64)
+    """The inverse of the damped matrix, by columns; of a symmetric matrix the lower triangle is enough."""
+    damped = np.array(gram, np.float64, order="F")
     damped[np.diag_indices_from(damped)] += ridge * max(float(np.trace(gram)) / len(gram), 1e-30)
-    factor = linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
-    return np.asarray(linalg.cho_solve(factor, np.eye(len(gram)), overwrite_b=True, check_finite=False))
+    factor, _ = linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+    inverse, failed = linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
+    if failed:
+        raise np.linalg.LinAlgError("the Gram matrix is singular")
+    return np.asarray(inverse)
 
 
-def _own(inverse: np.ndarray) -> np.ndarray:
-    """The blocks [units, size, size] of each unit with itself, of [units, size, units, size]."""
-    every = np.arange(len(inverse))
-    return np.asarray(inverse[every, :, every, :])
+def _places(units: np.ndarray, size: int) -> np.ndarray:
+    """Positions of units, each of which has ``size`` neighbouring ones."""
+    return np.asarray(np.add.outer(units * size, np.arange(size)).reshape(-1))
 
 
-def _losses(rows: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    if rows.shape[1] == 1:
-        solved = rows / _own(inverse)
-    else:
-        solved = np.linalg.solve(_own(inverse), rows)
+def _own(inverse: np.ndarray, size: int) -> np.ndarray:
+    """The blocks [units, size, size] of each unit with itself."""
+    if size == 1:
+        return inverse.diagonal().reshape(-1, 1, 1)
+    units = range(0, len(inverse), size)
+    lower = np.stack([inverse[place : place + size, place : place + size] for place in units])
+    return np.asarray(np.tril(lower) + np.tril(lower, -1).transpose(0, 2, 1))
+
+
+def _columns(inverse: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Columns [n, places] of a symmetric matrix of which only the lower triangle is there."""
+    below = np.arange(len(inverse))[:, None] >= places
+    return np.where(below, inverse[:, places], inverse[places].T)
+
+
+def _losses(table: np.ndarray, own: np.ndarray) -> np.ndarray:
+    rows = table.reshape(*own.shape[:2], -1)
+    solved = rows / own if own.shape[1] == 1 else np.linalg.solve(own, rows)
     return np.asarray(np.einsum("uio,uio->u", rows, solved))
 
 
-def _greedy(rows: np.ndarray, inverse: np.ndarray, count: int) -> tuple[list[int], list[float]]:
+def _greedy(table: np.ndarray, inverse: np.ndarray, size: int, count: int) -> tuple[list[int], list[float]]:
     """The first ``count`` units to go among these alone, and what each costs."""
-    rows, inverse = rows.copy(), np.ascontiguousarray(inverse)
     taken: list[int] = []
     losses: list[float] = []
-    units, size = inverse.shape[:2]
-    table, matrix = rows.reshape(units * size, -1), inverse.reshape(units * size, units * size)
     for _ in range(count):
-        scores = _losses(rows, inverse)
+        scores = _losses(table, _own(inverse, size))
         scores[taken] = np.inf
         unit = int(np.argmin(scores))
         taken.append(unit)
         losses.append(float(scores[unit]))
         mine = slice(unit * size, (unit + 1) * size)
-        column = matrix[:, mine].copy()
+        column = inverse[:, mine].copy()
         table -= column @ np.linalg.solve(column[mine], table[mine])
-        matrix -= column @ np.linalg.solve(column[mine], column.T)
+        inverse -= column @ np.linalg.solve(column[mine], column.T)
         # Nothing more happens to a unit that is gone.
-        matrix[mine, mine] = np.eye(size)
+        inverse[mine, mine] = np.eye(size)
     return taken, losses
 
 
-def _without(rows: np.ndarray, inverse: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is left of the matrix and of the inverse, both moved by the best update."""
-    units, size = inverse.shape[:2]
-    stay = np.delete(np.arange(units), gone)
-    if not len(stay):
-        return rows[stay], inverse[stay][:, :, stay]
-    flat = inverse.reshape(units * size, units * size)
-    kept, lost = (np.add.outer(which * size, np.arange(size)).reshape(-1) for which in (stay, gone))
-    column = flat[np.ix_(kept, lost)]
-    factor = linalg.cho_factor(flat[np.ix_(lost, lost)], lower=True, check_finite=False)
-    moved = rows.reshape(units * size, -1)
-    new_rows = moved[kept] - column @ linalg.cho_solve(factor, moved[lost], check_finite=False)
-    new = flat[np.ix_(kept, kept)]
-    new -= column @ linalg.cho_solve(factor, column.T, check_finite=False)
-    return new_rows.reshape(len(stay), size, -1), new.reshape(len(stay), size, len(stay), size)
+def _remove(table: np.ndarray, inverse: np.ndarray, lost: np.ndarray) -> None:
+    """Move what is left of both by the best update, in place; of the inverse the lower triangle."""
+    column = _columns(inverse, lost)
+    factor = np.linalg.cholesky(column[lost])
+    scaled = linalg.solve_triangular(factor, column.T, lower=True, check_finite=False)
+    table -= scaled.T @ linalg.solve_triangular(factor, table[lost], lower=True, check_finite=False)
+    linalg.blas.dsyrk(-1.0, scaled.T, beta=1.0, c=inverse, lower=1, overwrite_c=1)
+    # Nothing more happens to what is gone.
+    table[lost] = 0.0
+    inverse[lost, lost] = 1.0
