@@ -87,14 +87,27 @@ def eliminate(gram: np.ndarray, weight: np.ndarray, labels: np.ndarray, units: i
 
 
 def _inverse(gram: np.ndarray, ridge: float) -> np.ndarray:
-    """The inverse of the damped matrix, by columns; of a symmetric matrix the lower triangle is enough."""
-    damped = np.array(gram, np.float64, order="F")
-    damped[np.diag_indices_from(damped)] += ridge * max(float(np.trace(gram)) / len(gram), 1e-30)
-    factor, _ = linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
-    inverse, failed = linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
-    if failed:
-        raise np.linalg.LinAlgError("the Gram matrix is singular")
-    return np.asarray(inverse)
+    """The inverse of the damped matrix, by columns; of a symmetric matrix the lower triangle is enough.
+
+    Of the covariance of what hardly varies only rounding is left, which may be indefinite: it is damped until it is not.
+    """
+    base = max(float(np.abs(gram.diagonal()).mean()), 1e-30)
+    strength = ridge * base
+    while True:
+        damped = np.array(gram, np.float64, order="F")
+        damped[np.diag_indices_from(damped)] += strength
+        try:
+            factor, _ = linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+        except linalg.LinAlgError:
+            # A ridge of this size leaves nothing of the matrix, or none is wanted.
+            if not ridge or strength > len(gram) * base / ridge:
+                raise
+            strength *= 10
+            continue
+        inverse, failed = linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
+        if failed:
+            raise np.linalg.LinAlgError("the Gram matrix is singular")
+        return np.asarray(inverse)
 
 
 def _places(units: np.ndarray, size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ def energy(weight: np.ndarray, gram: np.ndarray, labels: np.ndarray, units: int)
 def obs(weight: np.ndarray, gram: np.ndarray, labels: np.ndarray, units: int, ridge: float = 1e-2) -> np.ndarray:
     """One-step optimal brain surgeon: the least-squares loss after the best update of the remaining rows,
     trace(W_u' [(H^-1)_uu]^-1 W_u) with H = X'X damped by ``ridge`` times its mean diagonal (ZipLM, NeurIPS 2023)."""
-    damped = gram + np.eye(len(gram)) * ridge * float(np.trace(gram)) / len(gram)
+    damped = gram + np.eye(len(gram)) * ridge * max(float(np.trace(gram)) / len(gram), 1e-30)
     inverse = linalg.inv(damped, check_finite=False)
     result = np.zeros(units)
     for unit in range(units):

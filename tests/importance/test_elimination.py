@@ -100,3 +100,18 @@ def test_a_metric_of_the_outputs_is_a_change_of_the_weight() -> None:
     blind = eliminate(gram, weight @ np.diag([1.0, 0.0]), labels, 5, RIDGE)
     alone = eliminate(gram, weight[:, :1], labels, 5, RIDGE)
     np.testing.assert_allclose(blind.increments, alone.increments)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6])
+def test_a_covariance_of_nothing_but_rounding_costs_nothing(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal(24) + spread * rng.standard_normal((64, 24))).astype(np.float32)
+    # As the statistics sum it up: a float32 product less the mean's own, which leaves something indefinite.
+    mean = rows.mean(axis=0, dtype=np.float64)
+    noise = (rows.T @ rows).astype(np.float64) / 64 - np.outer(mean, mean)
+    assert np.linalg.eigvalsh(noise)[0] < -RIDGE * abs(np.trace(noise)) / 24
+    weight = rng.standard_normal((24, 5))
+    found = eliminate(noise, weight, np.arange(24), 24, RIDGE)
+    assert sorted(found.order) == list(range(24))
+    assert np.isfinite(found.increments).all()
+    assert found.errors[0] < 1e-3 * np.einsum("ij,ij->", weight, (rows.T @ rows) @ weight) / 64
