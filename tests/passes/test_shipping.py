@@ -134,7 +134,8 @@ UNEVEN = {"layer.0.heads": 0.0, "layer.0.ffn": 0.3, "layer.1.heads": 0.5, "layer
 def test_every_export_is_finished_in_integers_pruned_or_not(name: str) -> None:
     """Each rewrite has tests of its own; here each finds the graph as the ones before left it."""
     known = study(*canonicalise(load(zoo.path(name))))
-    rows = calibration(name, 8)
+    # Both seeds of the feeds: where one token is read, the last block knows one vector a row, and static ranges clip what they never saw.
+    rows = calibration(name, 16)
     exact = finishing("cpu")
     for shares in ({}, UNEVEN):
         kept = {site.name: np.arange(round(shares[site.name] * site.units)) for site in known.sites if site.name in shares}
@@ -155,7 +156,7 @@ def test_every_export_is_finished_in_integers_pruned_or_not(name: str) -> None:
             for feed, expected in zip(feeds, want, strict=True):
                 got = run(open_session(shipped), feed)[0]
                 assert got.shape == expected.shape
-                assert np.linalg.norm(got - expected) < 0.15 * np.linalg.norm(expected), scheme
+                assert np.linalg.norm(got - expected) < 0.08 * np.linalg.norm(expected), scheme
         fused = [len([node for node in m.proto.graph.node if node.op_type == "MultiHeadAttention"]) for m in (finished, shipped)]
         assert fused[0] == fused[1], "integers hide no attention from the fusion"
 
@@ -164,4 +165,4 @@ def test_finished_integers_are_near_the_float_model() -> None:
     for name, scheme in itertools.product((BERT, VIT), (DYNAMIC, STATIC)):
         known = shipping(name, scheme)
         yardstick = Yardstick(known.anatomy.model, known.calibration, choose_objective(known.anatomy), OPTIONS)
-        assert 0 < yardstick(known.ship(dense_student(known.anatomy, known.anatomy.sites))) < 0.02
+        assert 0 < yardstick(known.ship(dense_student(known.anatomy, known.anatomy.sites))) < 0.002
