@@ -23,7 +23,9 @@ from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutio
 from onnxprune.graph.experts import refuse_experts
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile
+from onnxprune.graph.resizing import unresizable
 from onnxprune.graph.shared_layers import joined, with_the_same_weights
+from onnxprune.graph.silence import can_be_silent
 from onnxprune.graph.tail import joins_stream, sums_of_their_own
 from onnxprune.graph.view import GraphView, Node, captured, inner_views
 
@@ -124,7 +126,7 @@ def study(model: Model, profile: Profile) -> Anatomy:
             continue
         seen.add(group.key())
         consumers = consumers_of(view, profile, group)
-        refusal = refuse_group(view, kind, group, consumers, node)
+        refusal = refuse_group(view, profile, kind, group, consumers, node)
         if refusal is None:
             found.append((kind, group, consumers))
         else:
@@ -135,12 +137,14 @@ def study(model: Model, profile: Profile) -> Anatomy:
         for places in with_the_same_weights([group for _, group, _ in found])
     ]
     for group in channels:
-        weight = foreign_weight(view, group)
-        if weight is None:
-            found.append(("channels", group, consumers_of(view, profile, group)))
-        else:
+        weight, rigid = foreign_weight(view, group), unresizable(view, profile, group)
+        if weight is not None:
             refusals.append(Refusal("OP304", *weight))
-    sites = _named(view, found)
+        elif rigid is not None:
+            refusals.append(Refusal("OP301", *rigid))
+        else:
+            found.append(("channels", group, consumers_of(view, profile, group)))
+    sites = _named(view, profile, found)
     refusals += _uncovered_attention(view, tracer, sites, refused)
     refusals += _inside_bodies(view)
     return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *refuse_experts(view), *no_channels])))
@@ -212,7 +216,7 @@ def consumers_of(view: GraphView, profile: Profile, group: Group) -> tuple[Consu
     return tuple(result)
 
 
-def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]]) -> tuple[Site, ...]:
+def _named(view: GraphView, profile: Profile, found: list[tuple[Kind, Group, tuple[Consumer, ...]]]) -> tuple[Site, ...]:
     """Number the layers by the attentions of the graph, the refused ones too, so that a name does not depend on what was refused."""
     ordered = sorted(found, key=lambda item: min(consumer.leaf.node.index for consumer in item[2]))
     hearts = sorted(view.producer[context].index for node in view.nodes if (context := attention_context(view, node)) is not None)
@@ -225,7 +229,11 @@ def _named(view: GraphView, found: list[tuple[Kind, Group, tuple[Consumer, ...]]
         while (name := _site_name(kind, number, part)) in taken:
             number, part = (number, part + 1) if kind == "channels" else (number + 1, 0)
         taken.add(name)
-        needed = kind == "channels" or bool(sums_of_their_own(view, [consumer.output for consumer in consumers]))
+        needed = (
+            kind == "channels"
+            or bool(sums_of_their_own(view, [consumer.output for consumer in consumers]))
+            or not can_be_silent(view, profile, [consumer.leaf for consumer in consumers])
+        )
         site = Site(name, kind, group.units, group, consumers, order, least=int(needed))
         for leaf in group.leaves:
             array = view.value(leaf.tensor)
@@ -249,7 +257,9 @@ def _convolution(view: GraphView, group: Group) -> int:
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 
-def refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node) -> Refusal | None:
+def refuse_group(
+    view: GraphView, profile: Profile, kind: Kind, group: Group, consumers: tuple[Consumer, ...], node: Node
+) -> Refusal | None:
     where = node.name
     if group.units < 2:
         return _single(kind, node)
@@ -258,6 +268,9 @@ def refuse_group(view: GraphView, kind: Kind, group: Group, consumers: tuple[Con
         return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1])
     if not joins_stream(view, [consumer.output for consumer in consumers]):
         return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch")
+    rigid = unresizable(view, profile, group)
+    if rigid is not None:
+        return Refusal("OP101" if kind == "heads" else "OP201", *rigid)
     return None
 
 

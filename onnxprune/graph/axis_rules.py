@@ -194,7 +194,9 @@ def _slice(node: Node, s: Shapes) -> list[Link]:
         return []
     result: list[Link] = []
     for axis in range(s.rank(0)):
-        if axis in ranges:
+        if axis in ranges and len(ranges[axis]) < s.of(0)[axis] and s.profile.dim(node.outputs[0], axis) is None:
+            result += [Barrier(operand, axis, "Slice takes a part of this axis that varies") for operand in (0, -1)]
+        elif axis in ranges:
             picked = ranges[axis]
             result.append(Tie(0, axis, -1, axis, picked, np.arange(len(picked))))
         else:

@@ -292,7 +292,7 @@ class _Places:
                 "the depth of an attention"
             )
         consumers = consumers_of(self.anatomy.view, self.anatomy.profile, group)
-        refusal = refuse_group(self.anatomy.view, kind, group, consumers, consumers[0].leaf.node)
+        refusal = refuse_group(self.anatomy.view, self.anatomy.profile, kind, group, consumers, consumers[0].leaf.node)
         if refusal is not None:
             return f"{refusal.code}, {refusal.reason} ({refusal.hint})"
         return f"{group.units:,} {UNITS.get(kind, 'units')} whose weights belong to another site"

@@ -176,12 +176,16 @@ class Writer(Net):
         return (str(self("Mul", self.act(a), b)), n // 2) if self.maybe() else (str(self("Concat", b, self.act(a), axis=-1)), n)
 
     def _slice(self, x: str, n: int, block: Block) -> tuple[str, int]:
-        start = self.number(0, n - 1)
-        end = self.number(start + 1, n)
-        sliced = self(
-            "Slice", x, self.ints(start), self.ints(end if self.maybe() else end - n if end < n else 2**40), self.ints(self.pick(-1, 2))
-        )
-        return str(sliced), end - start
+        start, step = self.number(0, n - 1), self.pick(1, 1, 1, 2, -1)
+        end = self.number(start + 1, n) if step > 0 else self.pick(-(2**40), *range(-n, start - n))
+        left = len(range(n)[start : None if end < -n else end : step])
+        starts, ends, axes, steps = [start], [end], [self.pick(-1, 2)], [step]
+        if step > 0 and end == n and self.maybe():
+            ends = [2**40]
+        if self.maybe():  # together with all rows
+            starts, ends, axes, steps = [0, *starts], [2**40, *ends], [1, *axes], [1, *steps]
+        more = [self.ints(*steps)] if step != 1 or self.maybe() else []
+        return str(self("Slice", x, self.ints(*starts), self.ints(*ends), self.ints(*axes), *more)), left
 
     def _concat(self, x: str, n: int, block: Block) -> tuple[str, int]:
         more = self.number(1, 3)

@@ -12,7 +12,6 @@ from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.canonical import check_float
 from onnxprune.graph.model import load
 from onnxprune.graph.slicing import slice_model
-from onnxprune.graph.surgery import SlicingError
 from tests.architectures import exports
 from tests.architectures.entry import LAYERS
 from tests.graph.net import DEPTH, FFN, WIDTH, Net
@@ -178,16 +177,6 @@ def test_unknown_sites_and_units_are_input_errors() -> None:
     for wrong in ([0, 0], [1, 0], [-1, 2], [0, FFN]):
         with pytest.raises(InputError, match="ascending numbers from 0 to 9"):
             slice_model(anatomy, {"layer.0.ffn": np.array(wrong)})
-
-
-def test_a_slice_with_gaps_on_a_pruned_axis_is_an_error_that_names_it() -> None:
-    net = Net()
-    hidden = net("Relu", net.linear("x", WIDTH, 2 * FFN))
-    hidden = net("Slice", hidden, net.ints(0), net.ints(2 * FFN), net.ints(2), net.ints(2))
-    anatomy = anatomy_of(net.done(net.add("x", net.linear(hidden, FFN, WIDTH))))
-    for site in anatomy.sites:
-        with pytest.raises(SlicingError, match="with gaps"):
-            slice_model(anatomy, {site.name: np.arange(3)})
 
 
 def test_half_precision_and_integer_models_are_input_errors() -> None:
