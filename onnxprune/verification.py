@@ -23,6 +23,7 @@ TOLERANCE = 1e-4
 
 _RESAMPLES = 1000
 _OUTPUT_VALUES = 8_000_000
+_KNOWN_VALUES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -130,22 +131,39 @@ def compare(
 
 def rows_per_run(objective: Objective, data: CalibrationData) -> int:
     """Rows per run: a score for every word of a vocabulary at every token is large, and compared in float64."""
-    tokens = data.token_mask.shape[1] if objective.token_level and data.token_mask is not None else 1
-    return int(np.clip(_OUTPUT_VALUES // max((objective.width or 1) * tokens, 1), 1, DEFAULT_ROWS))
+    return int(np.clip(_OUTPUT_VALUES // _values_per_row(objective, data), 1, DEFAULT_ROWS))
+
+
+def _values_per_row(objective: Objective, data: CalibrationData) -> int:
+    """Values of the output for one row; of a model without an attention mask the tokens are those of its longest table of ids."""
+    tokens = 1
+    if objective.token_level:
+        mask = data.token_mask
+        tokens = (
+            mask.shape[1] if mask is not None else max((array.shape[1] for array in data.inputs.values() if array.ndim == 2), default=1)
+        )
+    return max((objective.width or 1) * tokens, 1)
 
 
 class Yardstick:
-    """The divergence of many models from one: its outputs on the rows are computed once, and kept."""
+    """The divergence of many models from one: its outputs on the rows are computed once, and kept.
+
+    Of scores of a vocabulary at every token as many rows are taken, spread evenly over all, as have 400 MB of them.
+    """
 
     def __init__(self, original: Model, rows: CalibrationData, objective: Objective, options: RuntimeOptions) -> None:
+        most = max(_KNOWN_VALUES // _values_per_row(objective, rows), 1)
+        if len(rows) > most:
+            rows = rows.take(np.linspace(0, len(rows) - 1, most).round().astype(np.int64))
         self.rows, self.objective, self.options = rows, objective, options
-        self._known = [values[objective.output].astype(np.float64) for _, values in self._run(original)]
+        self._known = [values[objective.output] for _, values in self._run(original)]
 
     def __call__(self, model: Model) -> float:
         """Mean KL divergence of the outputs of ``model``, for vectors 1 - cosine; infinite if they are not finite."""
         total, count = 0.0, 0
         for before, (batch, values) in zip(self._known, self._run(model), strict=True):
-            found = per_sample(batch, before, values[self.objective.output].astype(np.float64), self.objective)
+            after = values[self.objective.output].astype(np.float64)
+            found = per_sample(batch, before.astype(np.float64), after, self.objective)
             error = found["kl"] if "kl" in found else 1 - found["cosine"]
             total += float(error[batch.valid].sum())
             count += int(batch.valid.sum())

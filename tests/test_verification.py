@@ -321,3 +321,25 @@ def test_filler_rows_are_not_on_the_yardstick() -> None:
     assert len(rows) % 16
     free, fixed = (Yardstick(linear(BEFORE), some, objective(), OPTIONS)(linear(AFTER)) for some in (data(), rows))
     assert fixed == pytest.approx(free, rel=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_yardstick_keeps_no_more_than_fits(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """A score for every word of a vocabulary at every token would fill gigabytes; rows are spread, as data may be sorted."""
+    monkeypatch.setattr(verification, "_KNOWN_VALUES", 10 * TOKENS * CLASSES)
+    rows = tokens() if masked else CalibrationData({"x": TOKEN_INPUT, "ids": TOKEN_INPUT[..., 0]}, None, "numbers")
+    model = build(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["z"]),
+            helper.make_node("Unsqueeze", ["ids", "last"], ["i"]),
+            helper.make_node("Add", ["z", "i"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, ["n", "s", WIDTH]), ("ids", TensorProto.FLOAT, ["n", "s"])],
+        {"y": TensorProto.FLOAT},
+        {"w": BEFORE, "last": np.array([-1])},
+    )
+    yardstick = Yardstick(linear(BEFORE, tokens=True) if masked else model, rows, objective(tokens=True), OPTIONS)
+    assert len(yardstick.rows) == 10
+    assert sum(values.size for values in yardstick._known) <= 10 * TOKENS * CLASSES
+    chosen = yardstick.rows.inputs["x"]
+    assert np.array_equal(chosen[[0, -1]], TOKEN_INPUT[[0, -1]])
