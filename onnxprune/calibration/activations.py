@@ -70,6 +70,7 @@ def summarise(
     options: RuntimeOptions | None = None,
     *,
     rows: int = ROWS,
+    leave_infinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Activation]:
     """Summaries of activation tensors over all rows of ``data``, by name.
@@ -80,6 +81,7 @@ def summarise(
     Args:
         tensors: names of float tensors of the graph, or of its inputs, whose last axis are channels.
         rows: rows per run at the start, as in :func:`~onnxprune.calibration.stream.stream`.
+        leave_infinite: leave tensors out of the result that are infinite or NaN on a row that counts.
 
     Raises:
         InputError: a tensor is not in the graph, no float tensor, or not finite on the data; or as :func:`stream`.
@@ -94,11 +96,15 @@ def summarise(
     fetched = [name for name in names if name in computed]
     observed = with_outputs(model, fetched, keep=False) if fetched else model
     for batch, values in stream(observed, data, fetched or None, options=options, rows=rows, progress=progress):
-        for name in names:
+        for name in list(summaries):
             array = values[name] if name in computed else batch.feeds[name]
             if not np.issubdtype(array.dtype, np.floating) or not array.ndim:
                 raise InputError(f"tensor {name!r} is {array.dtype}{list(array.shape)}; only float vectors have a range to calibrate")
-            summaries[name].add(_positions(array, batch))
+            positions = _positions(array, batch)
+            if leave_infinite and not np.isfinite(positions).all():
+                del summaries[name]
+            else:
+                summaries[name].add(positions)
     return summaries
 
 

@@ -111,13 +111,13 @@ def tailor(
     tensors = [name for name in read if scheme.kind == "static" or name in smoothed]
     if not tensors:
         return form
-    found = summarise(model, tensors, rows.take(slice(0, _SUMMARISED)), options)
+    # What is infinite has no range, but needs none at run time: it is only not smoothed.
+    found = summarise(model, tensors, rows.take(slice(0, _SUMMARISED)), options, leave_infinite=scheme.kind == "dynamic")
     if scheme.kind == "static":
         return replace(form, ranges={name: range_of(found[name].histogram, scheme.method) for name in tensors})
     view = GraphView(model)
     factors = {}
-    for tensor in tensors:
-        known = found[tensor]
+    for tensor, known in found.items():
         joined = np.concatenate([weight_of(node, view) for node in products if node.inputs[0] == tensor], axis=1)
         best = search_smoothing(joined, known.low, known.high, known.power, scheme.per_channel)
         if best.limit is not None:

@@ -117,7 +117,7 @@ def measure_groups(
         if progress:
             progress(number + 1, len(readers) + 1)
     if scheme.kind == "dynamic":
-        total = sum(group.error for group in groups)
+        total = sum(group.error for group in groups if np.isfinite(group.error))
         costly = [group for group in groups if group.error > _COSTLY * total]
         smooth = tailor(model, scheme, calibration, options, smoothed={group.tensor for group in costly})
         better = {group.tensor: error(smooth, group.products) for group in costly if group.tensor in smooth.factors}

@@ -203,6 +203,25 @@ def test_nothing_is_smoothed_where_it_cannot_help(how: str) -> None:
     assert tensor not in form.factors
 
 
+def test_what_is_infinite_is_scaled_at_run_time_and_not_smoothed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tensor, rows = outliers()
+    rows.inputs["x"][0, 0, 3] = 1e38
+    read = {node.inputs[0] for node in products_of(model)}
+    assert np.isfinite(run(open_session(model, OPTIONS), rows.inputs)[0]).all(), "only inside"
+    assert tensor not in tailor(model, CHANNELS, rows, OPTIONS, smoothed=read).factors
+    with pytest.raises(InputError, match="infinite or NaN"):
+        tailor(model, MINMAX, rows, OPTIONS)
+
+    def half(runs: dict[str, Any], **options: Any) -> Timings:
+        return Timings({name: np.full(9, 100.0 if name == "float" else 50.0) for name in runs}, "thread", None)
+
+    monkeypatch.setattr(int8, "time_sessions", half)
+    yardstick: Any = lambda model: 0.5  # noqa: E731
+    for choice in ("auto", "dynamic"):
+        _, trials = choose_scheme(model, ("int8",), yardstick, rows, rows.inputs, OPTIONS, choice=choice, seed=0)
+        assert [trial.scheme for trial in trials] == [CHANNELS, TENSOR]
+
+
 def test_made_up_forms_have_the_shape_of_real_ones() -> None:
     model = anatomy(VIT).model
     real = tailor(model, MINMAX, calibration(VIT, 8), OPTIONS)

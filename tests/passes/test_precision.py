@@ -289,3 +289,23 @@ def test_smoothing_is_tried_for_groups_that_cost_much(monkeypatch: pytest.Monkey
     measured(known, rows, Scheme("dynamic", True))
     assert not tried[-1] & others
     assert len(int8_products(GraphView(known.model))) == 2
+
+
+def test_a_group_that_int8_destroys_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, rows, tensor = outliers()
+    rows.inputs["x"][0, 0, 3] = 1e38
+    tried: list[set[str]] = []
+
+    def watched(*args: Any, smoothed: Collection[str] = (), **options: Any) -> Any:
+        tried.append(set(smoothed))
+        return real(*args, smoothed=smoothed, **options)
+
+    real = precision.tailor
+    monkeypatch.setattr(precision, "tailor", watched)
+    groups = {group.tensor: group for group in measured(known, rows, Scheme("dynamic", True))}
+    assert tried[-1] == set(groups), "its error is no sum that the others have to be a share of"
+    lost = groups.pop(tensor)
+    assert lost.error == np.inf
+    assert not lost.smoothed
+    assert all(np.isfinite(group.error) for group in groups.values())
+    assert most_sensitive([lost, *groups.values()], 1) == set(lost.products)
