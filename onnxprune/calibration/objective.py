@@ -250,6 +250,21 @@ class Targets:
         np.put_along_axis(target, labels[..., None].astype(np.int64), 1, axis=-1)
         return {"onnxprune.target": target, "onnxprune.weight": weight}
 
+    def classes(self) -> np.ndarray:
+        """The class that the dense model predicts for every sample, int64 [samples], in the order of the batches.
+
+        Raises:
+            InputError: the output is not one prediction per sample among a fixed number of classes.
+        """
+        objective = self.objective
+        if objective.link != "softmax" or objective.token_level or objective.width is None:
+            raise InputError(
+                f"importance by class needs one class per sample, and output {objective.output!r} has none ({objective.why}); "
+                "take another --importance, or leave out --protect-classes"
+            )
+        rows = zip(self._kept, self.batches, strict=True)
+        return np.concatenate([scores.argmax(axis=-1)[batch.valid] for scores, batch in rows])
+
     def _weight(self, batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
         weight = np.ones(shape, np.float32) * batch.valid.reshape([-1] + [1] * (len(shape) - 1))
         if len(shape) == 2 and batch.token_mask is not None and batch.token_mask.shape == shape:

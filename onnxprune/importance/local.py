@@ -11,6 +11,16 @@ def magnitude(weight: np.ndarray, labels: np.ndarray, units: int) -> np.ndarray:
     return _by_unit(np.square(weight, dtype=np.float64).sum(axis=1), labels, units)
 
 
+def wanda(weight: np.ndarray, gram: np.ndarray, labels: np.ndarray, units: int) -> np.ndarray:
+    """Sum of |weight| times the norm of what it reads, over the rows of a unit (Wanda, Sun et al., ICLR 2024, for whole units)."""
+    return _by_unit(np.abs(weight).sum(axis=1, dtype=np.float64) * np.sqrt(gram.diagonal()), labels, units)
+
+
+def variance(weight: np.ndarray, covariance: np.ndarray, labels: np.ndarray, units: int) -> np.ndarray:
+    """Variance of what a unit's rows read times their squared norm: what a bias cannot make up for (FLAP, An et al., AAAI 2024)."""
+    return _by_unit(np.square(weight, dtype=np.float64).sum(axis=1) * covariance.diagonal(), labels, units)
+
+
 def energy(weight: np.ndarray, gram: np.ndarray, labels: np.ndarray, units: int) -> np.ndarray:
     """Squared norm of what a unit alone adds to the output: trace(W_u' (X'X)_uu W_u). ``gram`` is [positions, positions]."""
     result = np.zeros(units)
@@ -32,6 +42,12 @@ def obs(weight: np.ndarray, gram: np.ndarray, labels: np.ndarray, units: int, ri
         block = weight[rows].astype(np.float64)
         result[unit] = float(np.einsum("ij,ij->", block, linalg.solve(inverse[np.ix_(rows, rows)], block, assume_a="pos")))
     return result
+
+
+def in_proportion(scores: np.ndarray, price: float) -> np.ndarray:
+    """Scores that mean something inside their site only, scaled to a mean of ``price``: sites are then worth what they cost."""
+    mean = float(scores.mean()) if len(scores) else 0.0
+    return scores * (price / mean) if mean else np.full(len(scores), price)
 
 
 def _by_unit(values: np.ndarray, labels: np.ndarray, units: int) -> np.ndarray:

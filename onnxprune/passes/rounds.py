@@ -19,11 +19,13 @@ from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.depth import DEPTHS
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
-from onnxprune.importance.fisher import diagonal, rearrange
-from onnxprune.importance.registry import CRITERIA
+from onnxprune.importance.fisher import rearrange
+from onnxprune.importance.local import in_proportion
+from onnxprune.importance.registry import CRITERIA, Criterion
 from onnxprune.passes.curvature import curvature_scores, obstacle
+from onnxprune.passes.leave_one_out import growth_without
 from onnxprune.passes.refit import Changes, SiteFit, refit
-from onnxprune.passes.scoring import fisher_sums, local_scores, mask_gradients
+from onnxprune.passes.scoring import fisher_sums, gathered, local_scores, mask_gradients
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.costs import CostTable
 from onnxprune.search.knapsack import Options, solve
@@ -120,20 +122,39 @@ def dense_student(anatomy: Anatomy, sites: Sequence[Site]) -> Student:
 
 def score(bench: Workbench, student: Student, draw: int) -> Scores:
     """Measure the importance of the units of ``student``. ``draw`` selects the random targets of this round."""
-    name = bench.recipe.importance
-    needs = CRITERIA[name].needs
-    if needs == "curvature":
+    criterion = CRITERIA[bench.recipe.importance]
+    if criterion.needs == "curvature":
         return _by_curvature(bench, student, draw)
-    if needs != "gradients":
-        return Scores(local_scores(student.model, student.kept, bench.sites, name, bench.batches, bench.options))
-    if name == "block-fisher":
-        parts: dict[str, list[np.ndarray]] = {}
-        for site, values in (item for batch in _gradients(bench, student, bench.sites, draw) for item in batch.items()):
-            parts.setdefault(site, []).append(values)
-        gradients = {site: np.concatenate(values) for site, values in parts.items()}
-        empty = np.zeros(0)
-        return Scores({site.name: diagonal(gradients[site.name]) if site.name in gradients else empty for site in bench.sites}, gradients)
-    return Scores(_by_fisher(bench, student, bench.sites, draw))
+    if criterion.needs == "measured":
+        return _by_leaving_out(bench, student, draw)
+    if criterion.needs in ("gradients", "classes"):
+        return _by_gradients(bench, student, draw, criterion)
+    found = local_scores(student.model, student.kept, bench.sites, criterion.name, bench.batches, bench.options)
+    if criterion.comparable:
+        return Scores(found)
+    return Scores({site.name: in_proportion(found[site.name], site.parameters_per_unit) for site in bench.sites})
+
+
+def _by_gradients(bench: Workbench, student: Student, draw: int, criterion: Criterion) -> Scores:
+    if criterion.name == "fisher":
+        return Scores(_by_fisher(bench, student, bench.sites, draw))
+    assert criterion.score is not None
+    classes = (bench.targets.classes(),) if criterion.needs == "classes" else ()
+    gradients = gathered(_gradients(bench, student, bench.sites, draw))
+    scores = {site: criterion.score(values, *classes) for site, values in gradients.items()}
+    return Scores(
+        {site.name: scores.get(site.name, np.zeros(0)) for site in bench.sites}, gradients if criterion.name == "block-fisher" else None
+    )
+
+
+def _by_leaving_out(bench: Workbench, student: Student, draw: int) -> Scores:
+    """Heads one by one; of other sites, which have too many units for that, mask gradients tell, in the same unit."""
+    heads = [site for site in bench.sites if site.kind == "heads"]
+    other = [site for site in bench.sites if site.kind != "heads"]
+    scores = _by_fisher(bench, student, other, draw) if other else {}
+    progress = bench.report("leave one out")
+    scores |= growth_without(bench.anatomy, student.model, student.kept, heads, bench.objective, bench.targets, bench.options, progress)
+    return Scores({site.name: scores[site.name] for site in bench.sites})
 
 
 def _by_curvature(bench: Workbench, student: Student, draw: int) -> Scores:

@@ -23,7 +23,7 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept
 from onnxprune.graph.storage import release
 from onnxprune.graph.view import GraphView
-from onnxprune.importance import local
+from onnxprune.importance.registry import CRITERIA
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 
 GRAD = "onnxprune.grad."
@@ -120,6 +120,15 @@ def fisher_sums(gradients: Iterable[dict[str, np.ndarray]]) -> Statistics:
     return sums
 
 
+def gathered(gradients: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """All samples of all batches: site -> [samples, kept units]."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in gradients:
+        for site, values in batch.items():
+            parts.setdefault(site, []).append(values)
+    return {site: np.concatenate(values) for site, values in parts.items()}
+
+
 def _tap(site: Site, kept: Kept, position: int, consumer: Consumer, tensor: str, sites: Sequence[Site]) -> Tap:
     labels = student_labels(site, kept, consumer, sites)
     return Tap(f"{site.name}#{position}", tensor, consumer.axis, labels, len(kept[site.name]))
@@ -163,10 +172,10 @@ def _own_reads(student: Model, sites: Sequence[Site]) -> tuple[Model, dict[tuple
     return student.with_proto(proto), names
 
 
-def gram_matrices(
+def moments_read(
     student: Model, sites: Sequence[Site], kept: Kept, batches: Sequence[Batch], options: RuntimeOptions
-) -> dict[str, np.ndarray]:
-    """Mean of x'x over the real tokens x [1, kept positions] that the consumer of each site reads: site -> float64 square matrix."""
+) -> dict[str, SecondMoment]:
+    """Moments of the real tokens x [1, kept positions] that the consumer of each site reads, by site."""
     alive = [site for site in sites if len(kept[site.name])]
     tensors = [site.consumers[0].tensor for site in alive]
     moments: dict[str, SecondMoment] = {}
@@ -175,7 +184,7 @@ def gram_matrices(
         for site, value in zip(alive, run(session, cut_feeds(student, batch.feeds), tensors), strict=True):
             x = _rows_read(site, batch, value)
             moments.setdefault(site.name, SecondMoment(x.shape[1])).add(x)
-    return {name: moment.mean for name, moment in moments.items()}
+    return moments
 
 
 def _rows_read(site: Site, batch: Batch, value: np.ndarray) -> np.ndarray:
@@ -185,16 +194,18 @@ def _rows_read(site: Site, batch: Batch, value: np.ndarray) -> np.ndarray:
     return np.asarray(x[batch.real_rows(len(x))])
 
 
-def _gram_by_gram(
+def _moment_by_moment(
     student: Model, sites: Sequence[Site], kept: Kept, batches: Sequence[Batch], options: RuntimeOptions
-) -> Iterator[tuple[Site, np.ndarray]]:
-    """The matrices of :func:`gram_matrices`, one at a time in the order of the graph: together they would be larger than the weights."""
+) -> Iterator[tuple[Site, SecondMoment]]:
+    """What :func:`moments_read` gives, one at a time in the order of the graph: together they would be larger than the weights."""
     prefix = Prefix(student, batches, options)
     for site in sorted((site for site in sites if len(kept[site.name])), key=lambda site: site.order):
         tensor = site.consumers[0].tensor
         parts = [_rows_read(site, batch, value) for batch, (value,) in zip(batches, prefix.advance([tensor], [tensor]), strict=True)]
-        total = sum((part.T @ part).astype(np.float64) for part in parts)
-        yield site, np.asarray(total / max(sum(map(len, parts)), 1))
+        moment = SecondMoment(parts[0].shape[1])
+        for part in parts:
+            moment.add(part)
+        yield site, moment
 
 
 def local_scores(
@@ -205,20 +216,22 @@ def local_scores(
     batches: Sequence[Batch],
     options: RuntimeOptions,
 ) -> dict[str, np.ndarray]:
-    """Scores that need no gradient: magnitude, energy, obs."""
+    """Scores that need no gradient, in the unit of the criterion."""
+    needs, formula = CRITERIA[criterion].needs, CRITERIA[criterion].score
+    assert formula is not None
     view = GraphView(student)
     by_name = {node.name: node for node in view.nodes}
     alive = [site for site in sites if len(kept[site.name])]
-    grams: Iterable[tuple[Site, np.ndarray]]
-    if criterion == "magnitude":
-        grams = [(site, np.zeros((0, 0))) for site in alive]
+    moments: Iterable[tuple[Site, SecondMoment | None]]
+    if needs == "weights":
+        moments = [(site, None) for site in alive]
     elif student.paged:
-        grams = _gram_by_gram(student, sites, kept, batches, options)
+        moments = _moment_by_moment(student, sites, kept, batches, options)
     else:
-        found = gram_matrices(student, sites, kept, batches, options)
-        grams = [(site, found[site.name]) for site in alive]
+        found = moments_read(student, sites, kept, batches, options)
+        moments = [(site, found[site.name]) for site in alive]
     scores = {site.name: np.zeros(0) for site in sites}
-    for site, gram in grams:
+    for site, moment in moments:
         count = len(kept[site.name])
         consumer = site.consumers[0]
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
@@ -228,12 +241,8 @@ def local_scores(
             raise InputError(f"importance {criterion!r} needs a plain matrix to read {site.name}, not {weight.ndim} dimensions; use fisher")
         rows = np.moveaxis(weight, consumer.leaf.axis, 0).reshape(weight.shape[consumer.leaf.axis], -1)
         labels = student_labels(site, kept, consumer, sites)
-        if criterion == "magnitude":
-            scores[site.name] = local.magnitude(rows, labels, count)
-        elif criterion == "energy":
-            scores[site.name] = local.energy(rows, gram, labels, count)
-        else:
-            scores[site.name] = local.obs(rows, gram, labels, count)
+        read = () if moment is None else (moment.covariance if needs == "covariance" else moment.mean,)
+        scores[site.name] = formula(rows, *read, labels, count)
         if student.paged:
             release([weight])
     return scores

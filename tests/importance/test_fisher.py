@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
+import pytest
 
-from onnxprune.importance.fisher import diagonal, rearrange
+from onnxprune.importance.fisher import diagonal, eliminated, first_order, rearrange, second_order, worst_class
 
 
 def block_fisher(gradients: np.ndarray, removed: np.ndarray) -> float:
@@ -64,3 +65,41 @@ def test_the_input_is_left_as_it_was() -> None:
     rearrange(gradients, removed)
     assert np.array_equal(gradients, before)
     assert removed.tolist() == [4, 1]
+
+
+def test_taylor_terms_are_sizes_of_single_samples_that_do_not_cancel() -> None:
+    gradients = np.array([[0.5, -2.0], [-0.5, 4.0]], np.float32)
+    np.testing.assert_allclose(first_order(gradients), [0.5, 3.0])
+    np.testing.assert_allclose(second_order(gradients), [(0.375 + 0.625) / 2, (4.0 + 4.0) / 2])
+
+
+def test_elimination_of_masks_that_do_not_interact_is_the_diagonal_fisher() -> None:
+    gradients = np.kron(np.diag([1.0, 2.0, 3.0, 4.0]), np.array([[1.0], [-1.0]]))
+    alone = diagonal(gradients)
+    np.testing.assert_allclose(eliminated(gradients), alone + 0.01 * alone.mean(), err_msg="all that is added is the ridge")
+
+
+def test_elimination_knows_that_of_two_equal_masks_one_is_enough() -> None:
+    rng = np.random.default_rng(0)
+    shared, own = rng.standard_normal((2, 400))
+    scores = eliminated(np.stack([shared, shared, own], axis=1))
+    assert min(scores[:2]) < 0.05
+    assert max(scores[:2]) > 1.5, "the last of the two takes what both did with it"
+    assert scores[2] == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_unit_that_one_class_needs_is_worth_what_that_class_says() -> None:
+    classes = np.repeat([0, 1], [900, 100])
+    gradients = np.ones((1000, 2))
+    gradients[:, 1] = np.where(classes == 1, 2.0, 0.1)
+    assert diagonal(gradients)[1] < diagonal(gradients)[0]
+    scores = worst_class(gradients, classes)
+    assert scores[0] == pytest.approx(1.0)
+    assert scores[1] == pytest.approx(4.0, rel=0.1)
+
+
+def test_a_class_of_one_sample_does_not_decide_alone() -> None:
+    classes = np.array([0] * 99 + [1])
+    gradients = np.ones((100, 1))
+    gradients[-1] = 10.0
+    assert worst_class(gradients, classes)[0] < 15.0

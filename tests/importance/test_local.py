@@ -30,6 +30,29 @@ def test_positions_outside_the_group_count_for_nobody() -> None:
 
 
 @pytest.mark.parametrize("labels", LABELS)
+def test_wanda_sums_weights_times_the_norms_of_what_they_read(labels: np.ndarray) -> None:
+    x, weight, units = case(labels)
+    each = np.abs(weight) * np.sqrt(np.mean(x**2, axis=0))[:, None]
+    expected = [each[labels == unit].sum() for unit in range(units)]
+    np.testing.assert_allclose(local.wanda(weight, x.T @ x / len(x), labels, units), expected)
+
+
+def test_variance_is_what_is_lost_when_a_bias_makes_up_for_the_mean() -> None:
+    x, weight, units = case(np.arange(6))
+    x += 5.0
+    lost = (x - x.mean(axis=0))[:, :, None] * weight  # [samples, units, outputs]
+    expected = np.square(lost).sum(axis=2).mean(axis=0)
+    np.testing.assert_allclose(local.variance(weight, np.cov(x.T, bias=True), np.arange(6), units), expected)
+
+
+def test_in_proportion_keeps_the_order_and_makes_a_site_worth_its_price() -> None:
+    scores = np.array([1.0, 0.0, 5.0])
+    np.testing.assert_allclose(local.in_proportion(scores, 8.0), [4.0, 0.0, 20.0])
+    np.testing.assert_allclose(local.in_proportion(np.zeros(2), 8.0), [8.0, 8.0])
+    assert local.in_proportion(np.zeros(0), 8.0).size == 0
+
+
+@pytest.mark.parametrize("labels", LABELS)
 def test_energy_is_what_the_output_loses_without_the_unit(labels: np.ndarray) -> None:
     x, weight, units = case(labels)
     expected = [np.sum((x[:, labels == unit] @ weight[labels == unit]) ** 2) for unit in range(units)]
@@ -70,6 +93,9 @@ def test_a_unit_that_others_can_replace_costs_nothing_to_obs_but_has_energy() ->
 
 
 def test_criteria_name_their_source_and_what_they_need() -> None:
-    assert set(CRITERIA) == {"kfac", "fisher", "block-fisher", "magnitude", "energy", "obs"}
+    gradients = {"fisher", "block-fisher", "cap", "taylor", "taylor2"}
+    inside = {"magnitude", "wanda", "variance"}
+    assert set(CRITERIA) == gradients | inside | {"kfac", "classwise", "leave-one-out", "energy", "obs"}
+    assert {name for name, criterion in CRITERIA.items() if not criterion.comparable} == inside
     assert all(name == criterion.name and criterion.source and criterion.summary for name, criterion in CRITERIA.items())
-    assert {name for name, criterion in CRITERIA.items() if criterion.needs == "gradients"} == {"fisher", "block-fisher"}
+    assert {name for name, criterion in CRITERIA.items() if criterion.needs == "gradients"} == gradients

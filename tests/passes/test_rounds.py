@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxprune.errors import InputError
 from onnxprune.graph.macs import total_macs
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
@@ -117,8 +118,9 @@ def test_block_fisher_swaps_units_and_keeps_counts() -> None:
 
 
 @pytest.mark.parametrize("name", [BERT, VIT])
-@pytest.mark.parametrize("importance", CRITERIA)
-@pytest.mark.parametrize("compensation", ["refit", "scale", "none"])
+@pytest.mark.parametrize(
+    ("importance", "compensation"), [*((name, "refit") for name in CRITERIA), ("kfac", "scale"), ("kfac", "none"), ("energy", "none")]
+)
 def test_every_criterion_goes_with_every_compensation(name: str, importance: str, compensation: str) -> None:
     bench = workbench(name, count=16, importance=importance, compensation=compensation)
     table = counted(bench, name, "macs")
@@ -132,6 +134,21 @@ def test_every_criterion_goes_with_every_compensation(name: str, importance: str
     assert bool(student.changes) == any(fit.applied for fit in student.fits)
     batch = bench.batches[0]
     assert np.isfinite(run(open_session(student.model), batch.feeds)[0]).all()
+
+
+def test_importance_by_class_refuses_an_output_without_one_class_per_sample() -> None:
+    bench = workbench(GPT2, count=8, importance="classwise")
+    with pytest.raises(InputError, match="needs one class per sample, and output 'logits' has none"):
+        score(bench, dense_student(bench.anatomy, bench.sites), 1)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "wanda", "variance"])
+def test_scores_without_a_common_unit_are_worth_the_parameters_of_their_site(importance: str) -> None:
+    bench = workbench(BERT, count=8, importance=importance)
+    scores = score(bench, dense_student(bench.anatomy, bench.sites), 1).saliency
+    for site in bench.sites:
+        assert scores[site.name].mean() == pytest.approx(site.parameters_per_unit)
+        assert scores[site.name].std() > 0
 
 
 def test_least_important_units_go_first() -> None:

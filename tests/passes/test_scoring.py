@@ -85,7 +85,7 @@ def test_mask_gradients_of_a_student_are_differences_of_its_loss() -> None:
                 np.testing.assert_allclose(found[number][site][:, position], expected, rtol=0.02, atol=2e-3)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "energy", "obs"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "variance", "energy", "obs"])
 def test_local_scores_come_from_the_students_real_tokens(criterion: str) -> None:
     student = slice_model(anatomy(), kept())
     data = batches()
@@ -104,10 +104,6 @@ def test_local_scores_come_from_the_students_real_tokens(criterion: str) -> None
         gram = x.T @ x / len(x)
         labels = np.repeat(np.arange(len(kept()[name])), len(rows) // len(kept()[name]))
         count = len(kept()[name])
-        if criterion == "magnitude":
-            expected = local.magnitude(rows, labels, count)
-        elif criterion == "energy":
-            expected = local.energy(rows, gram, labels, count)
-        else:
-            expected = local.obs(rows, gram, labels, count)
+        read = {"magnitude": (), "variance": (gram - np.outer(x.mean(axis=0), x.mean(axis=0)),)}.get(criterion, (gram,))
+        expected = getattr(local, criterion)(rows, *read, labels, count)
         np.testing.assert_allclose(scores[name], expected, rtol=1e-3)
