@@ -293,7 +293,7 @@ def test_random_rows_judge_nothing(model: Path) -> None:
     [
         ({"target_macs": "50%", "target_latency": "5ms"}, "give one target, not 2: latency=5 ms, macs=50%"),
         ({"target_macs": "fast"}, "cannot read 'fast'"),
-        ({"importance": "fischer"}, "unknown importance 'fischer'; known: kfac, fisher, block-fisher, magnitude"),
+        ({"importance": "fischer"}, "unknown importance 'fischer'; known: kfac, fisher, block-fisher, cap, taylor"),
         ({"compensation": "all"}, "unknown compensation 'all'; known: refit, scale, none"),
         ({"samples": 7}, "--samples 7 is too small; at least 8"),
         ({"rounds": 0}, "--rounds 0 is too small; at least 1"),
