@@ -264,6 +264,21 @@ def test_a_latency_that_was_missed_is_not_written_unless_asked(
     assert (tmp_path / "small.onnx").exists()
 
 
+@pytest.mark.parametrize(("milliseconds", "written"), [(7.1, True), (7.3, False)])
+def test_what_came_out_slower_than_the_file_as_given_is_not_written(
+    model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, milliseconds: float, written: bool
+) -> None:
+    clockwork(monkeypatch)
+    monkeypatch.setattr(manager._Search, "_measure", lambda *arguments: milliseconds)
+    options: dict[str, Any] = {**QUICK, "target_macs": None, "max_drop": "90%", "output": tmp_path / "small.onnx"}
+    if written:
+        onnxprune.prune(model, calib=calib, **options)
+    else:
+        with pytest.raises(TargetError, match=r"slower than the file as given: 7\.3 ms instead of 7 ms; no model was written"):
+            onnxprune.prune(model, calib=calib, **options)
+    assert (tmp_path / "small.onnx").exists() == written
+
+
 def test_a_file_that_does_not_compute_what_was_verified_is_removed(
     model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

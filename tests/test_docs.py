@@ -89,6 +89,17 @@ def test_every_exit_code_is_explained() -> None:
         assert kind.__name__ in text
 
 
+def test_messages_that_are_explained_are_messages_of_the_code() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "onnxprune").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message may stand in several lines
+    table = (DOCS / "errors.md").read_text().split("## Frequent errors")[1].split("##")[0]
+    messages = re.findall(r"`([^`]+)`", " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert len(messages) > 12
+    for message in messages:
+        fixed = max(re.split(r"'[^']*'|\d\S*", message), key=len).strip()
+        assert fixed in source, message
+
+
 def test_every_file_of_a_run_directory_is_explained() -> None:
     text = (DOCS / "run-directory.md").read_text()
     for name in ("run.json", "plan.json", "plan.weights.npz", "costs.json", "report.html"):
