@@ -59,6 +59,8 @@ def curvature_scores(
     readers = {site.name: _reader(anatomy, site, view, kept) for site in sites if len(kept[site.name])}
     assert all(isinstance(reader, Reader) for reader in readers.values())
     found: dict[str, Reader] = {name: reader for name, reader in readers.items() if isinstance(reader, Reader)}
+    if not found:
+        return {site.name: np.zeros(0) for site in sites}
     inputs, gradients, samples = _moments(student, found, objective, targets, draw, options, progress)
     scores = {site.name: np.zeros(len(kept[site.name])) for site in sites}
     with threadpool_limits(options.threads or None):

@@ -92,7 +92,10 @@ def understand(
     rewrites = ordered(item.name for item in passes if isinstance(item, RewritePass))
     integers = any(isinstance(item, IntegerPass) for item in passes)
     if integers and (others := [name for name in rewrites if name in ("int4", "fp16")]):
-        raise InputError(f"int8 and {others[0]} exclude each other: give one of them in --passes")
+        raise InputError(
+            f"--passes names int8 and {others[0]}, which put the same weights into different numbers; "
+            "take int8 for CPUs, fp16 for GPUs, int4 for large decoders"
+        )
     canonical, profile = canonicalise(given, samples)
     whole, words = canonical, Reduction()
     if any(isinstance(item, VocabularyPass) for item in passes):

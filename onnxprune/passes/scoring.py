@@ -60,6 +60,8 @@ def mask_gradients(
     A paged student is walked piece by piece: all batches of the last sites come first, and a batch comes once for each group of sites.
     """
     alive = [site for site in sites if len(kept[site.name])]
+    if not alive:
+        return
     student, reads = _own_reads(student, alive)
     taps = [
         _tap(site, kept, position, consumer, tensor, sites)
@@ -223,7 +225,7 @@ def local_scores(
     by_name = {node.name: node for node in view.nodes}
     alive = [site for site in sites if len(kept[site.name])]
     moments: Iterable[tuple[Site, SecondMoment | None]]
-    if needs == "weights":
+    if needs == "weights" or not alive:
         moments = [(site, None) for site in alive]
     elif student.paged:
         moments = _moment_by_moment(student, sites, kept, batches, options)

@@ -9,6 +9,7 @@ import pytest
 
 from onnxprune.graph.autodiff import ADJOINT, adjoint_model
 from onnxprune.graph.view import GraphView
+from onnxprune.importance.registry import CRITERIA
 from onnxprune.passes import rounds
 from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.readers import Reader
@@ -105,3 +106,12 @@ def test_what_curvature_cannot_score_is_scored_by_fisher_in_the_same_unit(monkey
     for site in bench.sites[1:]:
         assert 0 < mixed[site.name].mean() <= 2 * fisher[site.name].mean()
         assert not np.array_equal(mixed[site.name], fisher[site.name])
+
+
+def test_where_nothing_is_left_nothing_is_scored() -> None:
+    """Sites of one kind may be empty while others still have units."""
+    bench = workbench(VIT, 8, compensation="none")
+    empty = cut(bench, {site.name: np.zeros(0, np.int64) for site in bench.sites})
+    for importance in CRITERIA:
+        scores = score(replace(bench, recipe=replace(bench.recipe, importance=importance)), empty, 1).saliency
+        assert {name: values.shape for name, values in scores.items()} == {site.name: (0,) for site in bench.sites}, importance
