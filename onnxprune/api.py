@@ -35,10 +35,11 @@ from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish, shipped
 from onnxprune.passes.base import exact
+from onnxprune.passes.decision import HELD_BACK, Decision
 from onnxprune.passes.int8 import Int8Choice
-from onnxprune.passes.manager import HELD_BACK, MISS, Decision, decide
-from onnxprune.passes.rounds import Progress, Recipe, dense_student
+from onnxprune.passes.manager import MISS, decide
 from onnxprune.passes.scope import Settings, understand
+from onnxprune.passes.workbench import Progress, Recipe, dense_student
 from onnxprune.record import leave, model_facts, new_record
 from onnxprune.request import examples, made_up, request_feeds
 from onnxprune.runtime.session import RuntimeOptions, open_session, run

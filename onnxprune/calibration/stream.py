@@ -51,8 +51,14 @@ def stream(
     order = data.order(trim=True)
     size = data.fixed_rows or rows or DEFAULT_ROWS
     if model.paged:
-        yield from _in_pieces(model, [data.batch(order[start : start + size], trim=True) for start in range(0, len(order), size)],
-                              names, options, extra, progress)
+        yield from _in_pieces(
+            model,
+            [data.batch(order[start : start + size], trim=True) for start in range(0, len(order), size)],
+            names,
+            options,
+            extra,
+            progress,
+        )
         return
     session = open_session(model, options)
     done = 0

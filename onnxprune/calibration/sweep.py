@@ -93,7 +93,9 @@ def _backward(
     leaving = sorted(name for name in adjoints if name in made)
     piece = cut_piece(view, list(part.nodes), {*leaving, *part.live, *(tap.tensor for tap in here)}, known)
     if piece.model is None:
-        raise InputError(f"a piece of the model makes nothing that is read (node {view.nodes[part.nodes[0]]}); score with --importance energy")
+        raise InputError(
+            f"a piece of the model makes nothing that is read (node {view.nodes[part.nodes[0]]}); score with --importance energy"
+        )
     masked = {tap.tensor for tap in taps}
     moving = masked | {name for index in view.descendants(masked) for name in view.nodes[index].outputs}
     entering = [name for name in piece.inputs if name in moving and known[name].dtype.kind == "f"]

@@ -16,7 +16,7 @@ _SPECIAL = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "b
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Token ids of a file, int64 [n]: a list in JSON, all integer arrays of an ``.npz``, or a text of numbers with blanks or commas between.
+    """Token ids of a file, int64 [n]: a list in JSON, all integer arrays of an ``.npz``, or a text of numbers with blanks or commas.
 
     Raises:
         InputError: the file is missing or holds something else.
@@ -64,7 +64,9 @@ def _special_of(folder: Path) -> set[int]:
     if isinstance(model, dict):
         ids.update(_whole(model.get("unk_id")))
         ids.update([vocabulary[unknown]] if (unknown := _text(model.get("unk_token"))) in vocabulary else [])
-    ids.update(value for entry in (added if isinstance(added, list) else ()) if isinstance(entry, dict) for value in _whole(entry.get("id")))
+    ids.update(
+        value for entry in (added if isinstance(added, list) else ()) if isinstance(entry, dict) for value in _whole(entry.get("id"))
+    )
     return ids
 
 

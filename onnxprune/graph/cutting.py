@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxprune.graph.model import Model, placeholder
+from onnxprune.graph.initializers import placeholder
+from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView, captured
 
 

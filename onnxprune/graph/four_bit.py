@@ -15,7 +15,8 @@ from onnx import NodeProto, TensorProto, helper
 
 from onnxprune.errors import InputError
 from onnxprune.graph.clean import without_dead
-from onnxprune.graph.model import Model, placeholder
+from onnxprune.graph.initializers import placeholder
+from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView, Node
 
 MICROSOFT = "com.microsoft"

@@ -14,7 +14,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxprune.errors import InputError
-from onnxprune.graph.model import Model, placeholder
+from onnxprune.graph.initializers import placeholder
+from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView, Node, captured
 from onnxprune.runtime.session import open_session, require_onnxruntime
 

@@ -11,7 +11,8 @@ from onnx import TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxprune.errors import OnnxPruneError
-from onnxprune.graph.model import INLINE_BYTES, Model, is_placeholder, placeholder
+from onnxprune.graph.initializers import INLINE_BYTES, is_placeholder, placeholder
+from onnxprune.graph.model import Model
 from onnxprune.graph.storage import Scratch, release
 from onnxprune.graph.view import bodies
 

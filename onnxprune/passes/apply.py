@@ -14,8 +14,8 @@ from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.integer import to_int8
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import slice_model
-from onnxprune.graph.vocabulary import without_map
 from onnxprune.graph.view import GraphView
+from onnxprune.graph.vocabulary import without_map
 from onnxprune.passes.base import RewritePass, select
 from onnxprune.quantize.form import Int8Form
 from onnxprune.search.plan import Changes, Plan

@@ -25,7 +25,8 @@ QK = WidthPass(
     summary="reduce the depth in which queries meet keys",
     detail=(
         "Queries and keys of a head are turned into the basis in which few directions carry their product on the data, which changes "
-        "nothing, and directions that carry little go. All heads of a layer keep equally many; the softmax scale stays that of the full depth."
+        "nothing, and directions that carry little go. All heads of a layer keep equally many; the softmax scale stays that of the "
+        "full depth."
     ),
 )
 VO = WidthPass(
@@ -33,8 +34,8 @@ VO = WidthPass(
     kind="vo",
     summary="reduce the depth of values inside attention heads",
     detail=(
-        "Values and rows of the output projection are turned into the basis in which few directions carry what a head adds to the stream on "
-        "the data, which changes nothing, and directions that carry little go. All heads of a layer keep equally many."
+        "Values and rows of the output projection are turned into the basis in which few directions carry what a head adds to the stream "
+        "on the data, which changes nothing, and directions that carry little go. All heads of a layer keep equally many."
     ),
 )
 

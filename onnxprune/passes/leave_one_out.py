@@ -79,9 +79,7 @@ def _silenced(anatomy: Anatomy, student: Model, view: GraphView, site: Site, kep
     return replace_constants(student, changes, "~silent")
 
 
-def _outputs(
-    model: Model, objective: Objective, targets: Targets, numbers: Sequence[int], options: RuntimeOptions
-) -> list[np.ndarray]:
+def _outputs(model: Model, objective: Objective, targets: Targets, numbers: Sequence[int], options: RuntimeOptions) -> list[np.ndarray]:
     feeds = [cut_feeds(model, targets.batches[number].feeds) for number in numbers]
     found = run_batches(with_outputs(model, [objective.tensor], keep=False), feeds, [objective.tensor], options)
     return [values.astype(np.float64) for (values,) in found]

@@ -8,47 +8,30 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.objective import Objective, Targets, check_labels_of, check_loss, choose_objective
+from onnxprune.calibration.objective import check_labels_of, check_loss, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
-from onnxprune.graph.anatomy import Site
 from onnxprune.graph.canonical import canonicalise
-from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.macs import count_macs
-from onnxprune.graph.paged import run_batches
 from onnxprune.graph.profile import shapes_of
-from onnxprune.graph.slicing import cuts_of
 from onnxprune.passes.base import exact
+from onnxprune.passes.choice import choose, offers_of
+from onnxprune.passes.decision import Decision, split, write_plan
 from onnxprune.passes.depth import with_turned_heads
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
-from onnxprune.passes.rounds import (
-    Descent,
-    Progress,
-    Recipe,
-    Scores,
-    Student,
-    Workbench,
-    choose,
-    cut,
-    dense_student,
-    descend,
-    rounds_to,
-    offers_of,
-    score,
-)
+from onnxprune.passes.rounds import Descent, cut, descend, rounds_to, score
 from onnxprune.passes.scope import Settings, Study
 from onnxprune.passes.shipping import Shipping, choose_shipping
+from onnxprune.passes.workbench import Progress, Scores, Student, dense_student, set_up
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted, counted_costs, measured_costs, shipped_bytes
-from onnxprune.search.plan import Plan, recipe_dict
 from onnxprune.verification import Comparison, Yardstick, compare
 
 log = logging.getLogger(__name__)
@@ -60,46 +43,12 @@ _ANCHORED = 0.01
 """A measured latency may miss its goal by this share before the search is repeated with a re-anchored table."""
 
 _REPEATS = 2
-_BATCH_ROWS = 8
-_OUTPUT_BYTES = 64_000_000
-HELD_BACK = 1024
 _AUTO_STEP = 0.82
 _AUTO_FLOOR = 0.08
 _JUDGES = 256
 _TRIAL_SHARE = 0.8
 _SENSITIVE_SHARES = (0.0, 0.125, 0.25, 0.5)
 _UNITS: dict[str, CostUnit] = {"latency": "ms", "macs": "macs", "params": "params", "size": "bytes"}
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """A plan and everything it was decided from. ``met`` is None when the target was met by the finished file without pruning."""
-
-    study: Study
-    objective: Objective
-    plan: Plan
-    table: CostTable
-    calibration: CalibrationData
-    held_back: CalibrationData
-    request: Mapping[str, np.ndarray]
-    given_cost: float
-    finished_cost: float
-    goal: float | None
-    predicted: float
-    measured: float
-    already_met: bool
-    student: Student
-    fits: tuple[Any, ...]
-    trail: tuple[dict[str, Any], ...]
-    shipping: Shipping
-    refusals: tuple[Refusal, ...]
-
-
-def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:
-    """Rows that decide and rows that judge: at most ``samples`` and 1,024; at least a quarter is held back."""
-    rows = min(settings.samples, int(len(data) * 0.75))
-    held = min(len(data) - rows, HELD_BACK)
-    return data.split(rows, held, settings.recipe.seed)
 
 
 def decide(study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None = None) -> Decision:
@@ -118,7 +67,7 @@ class _Search:
     """One search; attributes are set once, in the order of :meth:`run`."""
 
     def __init__(self, study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None) -> None:
-        self.settings, self.progress = settings, progress
+        self.settings = settings
         self.objective = choose_objective(study_.anatomy, settings.output, data.labels, settings.purpose)
         check_loss(self.objective, data, settings.loss)
         check_labels_of(self.objective, data)
@@ -128,9 +77,19 @@ class _Search:
         middle = self._judging_rows(len(self.held_back))
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
         self.request = request_feeds(study_.given, data, settings.input_shapes)
-        self.example = {name: array.shape for name, array in examples(data).items()}
+        self.example = {name: tuple(array.shape) for name, array in examples(data).items()}
         align = GRANULARITY.get(settings.runtime.short_provider, settings.recipe.align)
-        self.bench = self._workbench(replace(settings.recipe, align=align))
+        self.bench = set_up(
+            study_.anatomy,
+            study_.sites,
+            self.objective,
+            self.calibration,
+            self.request,
+            settings.loss,
+            settings.runtime,
+            replace(settings.recipe, align=align),
+            progress,
+        )
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
         self.refusals = study_.refusals
@@ -143,25 +102,6 @@ class _Search:
             return held // 2
         timed = _UNITS[self.settings.target.quantity] == "ms"
         return max(min(held // 4, _JUDGES), 1) if (self.study.integers or timed) and held > 1 else 0
-
-    def _workbench(self, recipe: Recipe) -> Workbench:
-        anatomy = self.study.anatomy
-        tensor = self.objective.tensor
-        batches = list(self.calibration.batches(self._batch_rows(), trim=True))
-        dense = with_outputs(anatomy.model, [tensor], keep=False)
-        targets = Targets(self.objective, batches, self.settings.loss, recipe.seed)
-        outputs = run_batches(dense, [batch.feeds for batch in batches], [tensor], self.settings.runtime)
-        for number, (values,) in enumerate(outputs):
-            targets.add(values)
-            if self.progress:
-                self.progress("dense outputs", number + 1, len(batches))
-        return Workbench(anatomy, self.study.sites, self.objective, batches, targets, self.settings.runtime, recipe, self.progress)
-
-    def _batch_rows(self) -> int:
-        """Rows per run: fewer when a row's output is large, a score for every word of a vocabulary at every token."""
-        request = shapes_of(self.study.anatomy.model, self.request)
-        per_row = 4 * int(np.prod(request.get(self.objective.tensor, (1,))[1:], dtype=np.int64))
-        return int(np.clip(_OUTPUT_BYTES // max(per_row, 1), 1, _BATCH_ROWS))
 
     def _refuse(self, refusal: Refusal) -> None:
         if not (self.study.sites or self.study.rewrites or self.study.words.vocabularies):
@@ -423,29 +363,17 @@ class _Search:
         *,
         already_met: bool,
     ) -> Decision:
-        from onnxprune import __version__
-
-        settings = self.settings
-        source = self.study.given.source
-        plan = Plan(
-            version=__version__,
-            input_sha256=source.sha256 if source else "",
-            passes=settings.passes,
-            rewrites=self.shipping.steps,
-            kept={site: tuple(int(unit) for unit in units) for site, units in student.kept.items()},
-            units={site.name: site.units for site in self.bench.sites},
-            target=str(settings.target),
-            predicted={table.unit: predicted},
-            recipe={**recipe_dict(self.bench.recipe), "loss": settings.loss, "calibration_sha256": self.calibration.sha256},
-            objective={"output": self.objective.output, "link": self.objective.link, "why": self.objective.why},
-            refusals=self.refusals,
-            caches=cuts_of(self.study.anatomy, student.kept),
-            int8=self.shipping.final_form(student),
-            vocabularies=self.study.words.vocabularies,
-            vocab_map=self.study.words.place,
-            example={name: tuple(shape) for name, shape in self.example.items()},
-            changes=student.changes,
-            bases=self.study.bases,
+        plan = write_plan(
+            self.study,
+            self.settings,
+            self.bench.recipe,
+            self.objective,
+            self.calibration,
+            self.shipping,
+            student,
+            {table.unit: predicted},
+            self.example,
+            self.refusals,
         )
         return Decision(
             self.study,
@@ -467,8 +395,3 @@ class _Search:
             self.shipping,
             self.refusals,
         )
-
-
-def summary(sites: Sequence[Site], plan: Plan) -> list[dict[str, Any]]:
-    """Kept and total units of every site, for tables and reports."""
-    return [{"site": site.name, "kind": site.kind, "units": site.units, "kept": len(plan.kept[site.name])} for site in sites]

@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnxprune.calibration.data import Batch
-from onnxprune.calibration.objective import Objective, Targets
-from onnxprune.graph.anatomy import Anatomy, Site
-from onnxprune.graph.depth import DEPTHS
+from onnxprune.graph.anatomy import Site
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
-from onnxprune.importance.fisher import rearrange
 from onnxprune.importance.local import in_proportion
 from onnxprune.importance.registry import CRITERIA, Criterion
+from onnxprune.passes.choice import Taste
 from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.leave_one_out import growth_without
 from onnxprune.passes.refit import Changes, SiteFit, refit
 from onnxprune.passes.scoring import fisher_sums, gathered, local_scores, mask_gradients
-from onnxprune.runtime.session import RuntimeOptions
+from onnxprune.passes.workbench import Scores, Student, Workbench, dense_student
 from onnxprune.search.costs import CostTable
-from onnxprune.search.knapsack import Options, solve
-from onnxprune.search.sweep import sweep
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 CLASS_ROW_SHARE = 0.3
 """In a re-fit of a model that reads its first token only, that row weighs this share of all rows of its sample together.
@@ -44,80 +38,6 @@ More helps where class rows are many for the width (a small ViT: KL -40 % agains
 
 _ROUND_SHARE = 0.8
 """A round leaves at most this share of what can be removed, unless that takes more rounds than asked for."""
-
-
-_BISECTIONS = 8
-
-
-_TUNINGS = 4
-
-
-_CHANNELS_AT_ONCE = 8
-"""Convolution kernels of runtimes work on blocks of this many channels."""
-
-
-_DEPTHS_AT_ONCE = 4
-"""Steps in which the depth of a head is offered when the cost is measured time."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to decide.
-
-    ``align``: FFN widths are multiples of this when the cost is measured time (channels of 8); ``uniform``: equal numbers of units in all layers.
-    """
-
-    importance: str = "kfac"
-    compensation: str = "refit"
-    rounds: int = 4
-    align: int = 16
-    seed: int = 0
-    uniform: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Workbench:
-    """What every round works with; nothing in it changes."""
-
-    anatomy: Anatomy
-    sites: tuple[Site, ...]
-    objective: Objective
-    batches: Sequence[Batch]
-    targets: Targets
-    options: RuntimeOptions
-    recipe: Recipe
-    progress: Progress | None = None
-
-    def report(self, what: str) -> Callable[[int, int], None] | None:
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
-
-@dataclass(frozen=True, eq=False)
-class Student:
-    """A pruned model on its way: which units it keeps, and its compensated graph (not finished)."""
-
-    kept: dict[str, np.ndarray]
-    model: Model
-    changes: Changes = field(default_factory=dict)
-    fits: tuple[SiteFit, ...] = field(default=())
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {site: len(units) for site, units in self.kept.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Saliency of every kept unit of a student; ``gradients`` only when the criterion rearranges."""
-
-    saliency: dict[str, np.ndarray]
-    gradients: dict[str, np.ndarray] | None = None
-
-
-def dense_student(anatomy: Anatomy, sites: Sequence[Site]) -> Student:
-    """The unpruned model."""
-    return Student({site.name: np.arange(site.units) for site in sites}, anatomy.model)
 
 
 def score(bench: Workbench, student: Student, draw: int) -> Scores:
@@ -180,114 +100,6 @@ def _gradients(bench: Workbench, student: Student, sites: Sequence[Site], draw: 
     return mask_gradients(student.model, student.kept, sites, bench.objective, bench.targets, draw, bench.options, progress)
 
 
-def choose(
-    bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float, *, spare: bool = False
-) -> dict[str, np.ndarray] | None:
-    """Units to keep within ``budget`` (total cost, as ``table`` counts it); None if no choice fits.
-
-    Args:
-        spare: empty no site; for timed costs and uniform recipes.
-    """
-    room = budget - table.fixed
-    if table.unit == "ms" or bench.recipe.uniform or any(site.least for site in bench.sites):
-        positions = _tuned_knapsack(bench, scores, table, budget, spare)
-    else:
-        positions = _by_price(bench, scores, table, room)
-    if positions is None:
-        return None
-    if scores.gradients is not None:
-        for site, keep in positions.items():
-            if site in scores.gradients:
-                units = scores.gradients[site].shape[1]
-                removed = rearrange(scores.gradients[site], np.setdiff1d(np.arange(units), keep))
-                positions[site] = np.setdiff1d(np.arange(units), removed)
-    return {site.name: student.kept[site.name][positions[site.name]] for site in bench.sites}
-
-
-def _tuned_knapsack(bench: Workbench, scores: Scores, table: CostTable, budget: float, spare: bool) -> dict[str, np.ndarray] | None:
-    """The knapsack; where sites share weights, again with costs tuned to the choice before, as long as less is lost."""
-    best = _by_knapsack(bench, scores, table, budget - table.fixed, spare)
-    for _ in range(_TUNINGS if table.pairs and best is not None else 0):
-        assert best is not None
-        tuned = table.tuned({name: len(keep) for name, keep in best.items()})
-        found = _by_knapsack(bench, scores, tuned, budget - tuned.fixed, spare)
-        if found is None or not _kept_saliency(scores, found) > _kept_saliency(scores, best):
-            break
-        best = found
-    return best
-
-
-def _kept_saliency(scores: Scores, positions: Mapping[str, np.ndarray]) -> float:
-    return sum(float(scores.saliency[name][keep].sum()) for name, keep in positions.items())
-
-
-def _by_price(bench: Workbench, scores: Scores, table: CostTable, room: float) -> dict[str, np.ndarray] | None:
-    """Counted costs: one price per kind has an exact answer; otherwise the knapsack."""
-    kind = {site.name: site.kind for site in bench.sites}
-    prices: dict[str, set[float]] = {}
-    for site in bench.sites:
-        prices.setdefault(site.kind, set()).add(round(float(table.curves[site.name][1]), 6))
-    if len(prices) <= 2 and all(len(values) == 1 for values in prices.values()):
-        return sweep(scores.saliency, kind, {name: next(iter(values)) for name, values in prices.items()}, room)
-    return _by_knapsack(bench, scores, table, room)
-
-
-def _by_knapsack(bench: Workbench, scores: Scores, table: CostTable, room: float, spare: bool = False) -> dict[str, np.ndarray] | None:
-    offers = offers_of(bench, scores, timed=table.unit == "ms")
-    if spare:
-        offers = {name: (kept[1:], lost[1:]) if len(kept) > 1 else (kept, lost) for name, (kept, lost) in offers.items()}
-    if bench.recipe.uniform:
-        sizes = _uniform_sizes(bench, offers, table, room)
-    else:
-        picked = solve([Options(table.curves[name][kept], lost) for name, (kept, lost) in offers.items()], room)
-        sizes = None if picked is None else {name: int(offers[name][0][option]) for name, option in zip(offers, picked, strict=True)}
-    if sizes is None:
-        return None
-    return {name: np.sort(np.argsort(-scores.saliency[name], kind="stable")[:size]) for name, size in sizes.items()}
-
-
-def offers_of(bench: Workbench, scores: Scores, *, timed: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What each site offers: (numbers of units kept, saliency lost with each). Timed widths come in steps that the runtime pays for."""
-    offers = {}
-    for site in bench.sites:
-        saliency = np.sort(scores.saliency[site.name])
-        count = len(saliency)
-        step = _step(bench, site) if timed else 1
-        kept = np.unique(np.concatenate([np.arange(0, count + 1, step), [count]]))
-        kept = kept[kept >= min(site.least, count)]
-        offers[site.name] = kept, np.concatenate([[0.0], np.cumsum(saliency)])[count - kept]
-    return offers
-
-
-def _step(bench: Workbench, site: Site) -> int:
-    """Units between two widths that the runtime tells apart."""
-    if site.kind == "channels":
-        positions = max(int((leaf.labels >= 0).sum()) for leaf in site.group.leaves if leaf.role == "produces")
-        return max(_CHANNELS_AT_ONCE * site.units // positions, 1)
-    if site.kind in DEPTHS:
-        return min(_DEPTHS_AT_ONCE, bench.recipe.align)
-    return bench.recipe.align if site.kind == "ffn" else 1
-
-
-def _uniform_sizes(
-    bench: Workbench, offers: Mapping[str, tuple[np.ndarray, np.ndarray]], table: CostTable, room: float
-) -> dict[str, int] | None:
-    """One number of units for all sites alike: the same knapsack, with all sites of a kind and size as one."""
-    alike: dict[tuple[str, int], list[str]] = {}
-    for site in bench.sites:
-        alike.setdefault((site.kind, len(offers[site.name][0])), []).append(site.name)
-    together = [
-        Options(
-            np.sum([table.curves[name][offers[name][0]] for name in names], axis=0), np.sum([offers[name][1] for name in names], axis=0)
-        )
-        for names in alike.values()
-    ]
-    picked = solve(together, room)
-    if picked is None:
-        return None
-    return {name: int(offers[name][0][option]) for names, option in zip(alike.values(), picked, strict=True) for name in names}
-
-
 def cut(bench: Workbench, kept: Kept) -> Student:
     """Slice the dense model to ``kept`` and compensate it."""
     model = slice_model(bench.anatomy, kept)
@@ -323,30 +135,6 @@ def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
         return weight.reshape(-1)
 
     return weigh
-
-
-@dataclass(frozen=True, eq=False)
-class Taste:
-    """One way to choose within the same budget: ``spare`` empties no site, ``shape`` weighs sites by the costs of another table."""
-
-    spare: bool = False
-    shape: CostTable | None = None
-
-    def choose(self, bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float) -> dict[str, np.ndarray] | None:
-        """Units to keep so that ``table`` predicts at most ``budget``; None if this taste finds none."""
-        if self.shape is None:
-            return choose(bench, student, scores, table, budget, spare=self.spare)
-        low, high, best = self.shape.floor, self.shape.full, None
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            kept = choose(bench, student, scores, self.shape, middle, spare=self.spare)
-            if kept is not None and table.predict({site: len(units) for site, units in kept.items()}) <= budget:
-                low, best = middle, kept
-            elif kept is None:
-                low = middle
-            else:
-                high = middle
-        return best
 
 
 @dataclass(frozen=True, eq=False)

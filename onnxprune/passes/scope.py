@@ -21,8 +21,8 @@ from onnxprune.graph.turning import Bases
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.passes.base import IntegerPass, RewritePass, VocabularyPass, WidthPass, ordered, select
 from onnxprune.passes.int8 import Int8Choice
-from onnxprune.passes.rounds import Recipe
 from onnxprune.passes.vocab import Reduction, choose_vocabularies
+from onnxprune.passes.workbench import Recipe
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.target import Target
 
@@ -57,9 +57,9 @@ class Settings:
 class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
-    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes. ``words`` says which
-    rows of word tables went, and ``whole`` is the canonical graph with all of them. ``bases`` are turns inside heads that ``anatomy`` has
-    taken, none before the search has looked at data.
+    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes. ``words`` says
+    which rows of word tables went, and ``whole`` is the canonical graph with all of them. ``bases`` are turns inside heads that ``anatomy``
+    has taken, none before the search has looked at data.
     """
 
     given: Model

@@ -17,8 +17,8 @@ from onnxprune.passes.finishing import Part, choose_parts
 from onnxprune.passes.int8 import Scheme, Trial, choose_scheme, tailor, untailored
 from onnxprune.passes.precision import Group, measure_groups
 from onnxprune.passes.rounding import round_weights
-from onnxprune.passes.rounds import Student, Workbench
 from onnxprune.passes.scope import Settings, Study
+from onnxprune.passes.workbench import Student, Workbench
 from onnxprune.quantize.form import Int8Form
 from onnxprune.runtime.session import Feeds, RuntimeOptions
 from onnxprune.verification import Yardstick

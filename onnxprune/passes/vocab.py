@@ -20,11 +20,12 @@ VOCAB = VocabularyPass(
     name="vocab",
     summary="drop rows of word embeddings that the data never reads",
     detail=(
-        "Rows of ids that neither the calibration data nor --keep-ids nor the tokenizer's special tokens name go. Outputs for the data stay "
-        "the same bit for bit; every other id is still taken, and reads the row that stays and is most like its own. A map in "
+        "Rows of ids that neither the calibration data nor --keep-ids nor the tokenizer's special tokens name go. Outputs for the data "
+        "stay the same bit for bit; every other id is still taken, and reads the row that stays and is most like its own. A map in "
         "front of the table leaves the inputs as they are; with --vocab-map file the tokenizer applies it."
     ),
 )
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -86,7 +87,8 @@ def choose_vocabularies(model: Model, corpus: CalibrationData | None, keep_ids: 
         coverage.append(result[1])
         reader = other_reader(view, group) if place == "file" else None
         if reader is not None:
-            reason = f"{reader} reads the ids of {', '.join(group.inputs)} as well, so that they must stay as they are: the map goes into the graph"
+            ids = ", ".join(group.inputs)
+            reason = f"{reader} reads the ids of {ids} as well, so that they must stay as they are: the map goes into the graph"
             refusals, place = (*refusals, Refusal("OP505", group.inputs[0], reason)), "graph"
     if not found and not any(refusal.code in ("OP501", "OP502", "OP503") for refusal in refusals):
         reason = "no table whose rows the ids of a graph input pick has rows to lose"

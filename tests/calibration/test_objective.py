@@ -6,14 +6,14 @@ from functools import cache
 
 import numpy as np
 import pytest
-
 from onnx import TensorProto, helper
-from onnxprune.graph.canonical import canonicalise
+
 from onnxprune.calibration import Batch
 from onnxprune.calibration.data import IGNORED_LABEL, CalibrationData
 from onnxprune.calibration.objective import Objective, Targets, check_loss, choose_objective
 from onnxprune.errors import InputError
 from onnxprune.graph.anatomy import Anatomy, study
+from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import load
 from tests import zoo
 from tests.graph.net import WIDTH, Net

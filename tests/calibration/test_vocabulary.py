@@ -39,7 +39,10 @@ def test_a_missing_list_is_an_error(tmp_path: Path) -> None:
         read_ids(tmp_path / "ids.txt")
 
 
-WORDPIECE = {"model": {"type": "WordPiece", "vocab": {"[UNK]": 4, "a": 9}, "unk_token": "[UNK]"}, "added_tokens": [{"id": 1, "content": "[MASK]"}]}
+WORDPIECE = {
+    "model": {"type": "WordPiece", "vocab": {"[UNK]": 4, "a": 9}, "unk_token": "[UNK]"},
+    "added_tokens": [{"id": 1, "content": "[MASK]"}],
+}
 UNIGRAM = {"model": {"type": "Unigram", "vocab": [["<s>", 0.0], ["<pad>", 0.0], ["x", -1.0]], "unk_id": 2}, "added_tokens": []}
 
 

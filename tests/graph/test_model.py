@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune.graph.model as model_module
 from onnxprune.errors import InputError
-from onnxprune.graph.model import INLINE_BYTES, Model, load
+from onnxprune.graph.initializers import INLINE_BYTES
+from onnxprune.graph.model import Model, load
 from onnxprune.runtime.session import open_session, run
 
 RNG = np.random.default_rng(0)

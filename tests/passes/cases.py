@@ -17,7 +17,7 @@ from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model, load
 from onnxprune.passes import manager
-from onnxprune.passes.rounds import Recipe, Student, Workbench
+from onnxprune.passes.workbench import Recipe, Student, Workbench
 from onnxprune.runtime.measure import time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import CostTable

@@ -14,8 +14,9 @@ from onnxprune.passes import rounds
 from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.readers import Reader
 from onnxprune.passes.refit import student_reader
-from onnxprune.passes.rounds import Workbench, cut, dense_student, score
+from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scoring import mask_gradients
+from onnxprune.passes.workbench import Workbench, dense_student
 from onnxprune.runtime.session import open_session, run
 from tests.passes.cases import BERT, GPT2, LLAMA, VIT, workbench
 
@@ -69,9 +70,7 @@ def test_units_of_no_use_cost_nothing_and_go_first() -> None:
     weight = student.model.weights[leaf.tensor].copy()
     np.moveaxis(weight, leaf.axis, 0)[::3] = 0
     model = replace(student.model, weights={**student.model.weights, leaf.tensor: weight})
-    scores = curvature_scores(
-        bench.anatomy, model, student.kept, bench.sites, bench.objective, bench.targets, 1, bench.options
-    )[site.name]
+    scores = curvature_scores(bench.anatomy, model, student.kept, bench.sites, bench.objective, bench.targets, 1, bench.options)[site.name]
     dead = np.zeros(site.units, bool)
     dead[::3] = True
     assert scores[dead].max() < 1e-6 * scores[~dead].max()

@@ -76,7 +76,7 @@ def test_costs_of_heads_and_of_their_depth_multiply(name: str) -> None:
 
 
 def test_scores_without_gradients_do_not_know_directions_of_queries() -> None:
-    with pytest.raises(InputError, match="importance 'energy' needs a matrix that reads layer.0.qk"):
+    with pytest.raises(InputError, match=r"importance 'energy' needs a matrix that reads layer\.0\.qk"):
         onnxprune.prune(zoo.path(BERT), calib=arrays(BERT, 32), passes="qk", importance="energy", target_macs="65%", bench_seconds=0)
 
 

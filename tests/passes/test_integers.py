@@ -14,12 +14,13 @@ from onnxprune.errors import NothingPrunable, TargetError
 from onnxprune.graph.model import load
 from onnxprune.passes import manager, shipping
 from onnxprune.passes.apply import execute
+from onnxprune.passes.decision import Decision
 from onnxprune.passes.int8 import Scheme, Trial, products_of
-from onnxprune.passes.manager import Decision, decide
+from onnxprune.passes.manager import decide
 from onnxprune.passes.precision import Group
-from onnxprune.passes.rounds import Student
 from onnxprune.passes.scope import understand
 from onnxprune.passes.shipping import Shipping
+from onnxprune.passes.workbench import Student
 from onnxprune.search.costs import CostTable
 from onnxprune.verification import Comparison, Interval
 from tests import zoo

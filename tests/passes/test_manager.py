@@ -14,9 +14,10 @@ from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.model import Model, load
 from onnxprune.passes import manager
 from onnxprune.passes.apply import execute
-from onnxprune.passes.manager import Decision, decide, split, summary
-from onnxprune.passes.rounds import Student
+from onnxprune.passes.decision import Decision, split, summary
+from onnxprune.passes.manager import decide
 from onnxprune.passes.scope import Settings, Study, understand
+from onnxprune.passes.workbench import Student
 from onnxprune.runtime.measure import Timings
 from onnxprune.verification import compare
 from tests import zoo

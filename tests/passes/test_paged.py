@@ -13,11 +13,11 @@ import onnxprune
 from onnxprune.api import settings
 from onnxprune.graph import paged, storage
 from onnxprune.graph.model import load
-from onnxprune.passes.rounds import Workbench, cut, dense_student, score
+from onnxprune.passes.rounds import cut, score
+from onnxprune.passes.workbench import Workbench, dense_student
 from onnxprune.runtime.session import open_session, run
 from tests import zoo
 from tests.passes.cases import BERT, LLAMA, VIT, arrays, workbench
-
 
 PIECE = 16384
 

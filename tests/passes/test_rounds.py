@@ -14,7 +14,9 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.passes import rounds
-from onnxprune.passes.rounds import CLASS_ROW_SHARE, Scores, Student, Workbench, choose, cut, dense_student, descend, score
+from onnxprune.passes.choice import choose
+from onnxprune.passes.rounds import CLASS_ROW_SHARE, cut, descend, score
+from onnxprune.passes.workbench import Scores, Student, Workbench, dense_student
 from onnxprune.runtime.session import open_session, run
 from onnxprune.search.costs import CostTable, counted_costs
 from tests import zoo

@@ -19,8 +19,9 @@ from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.int8 import Scheme, products_of
 from onnxprune.passes.precision import Group
-from onnxprune.passes.rounds import cut, dense_student
+from onnxprune.passes.rounds import cut
 from onnxprune.passes.shipping import Shipping
+from onnxprune.passes.workbench import dense_student
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.verification import Yardstick
 from tests import zoo

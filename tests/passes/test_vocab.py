@@ -33,7 +33,9 @@ def encoder(other: bool = False, tied: bool = False) -> Model:
         state = net.add(state, net.attention(state))
         state = net.add(state, net.ffn(state, width=32))
     if other:
-        state = net("Mul", state, net("Unsqueeze", net("Cast", net("Not", net("Equal", ids, net.ints(0))), to=TensorProto.FLOAT), net.ints(2)))
+        state = net(
+            "Mul", state, net("Unsqueeze", net("Cast", net("Not", net("Equal", ids, net.ints(0))), to=TensorProto.FLOAT), net.ints(2))
+        )
     if tied:
         scores = net("MatMul", state, net("Transpose", table, perm=[1, 0]))
         return load(net.done(scores, **{scores: ["batch", "seq", ROWS]}))
@@ -61,7 +63,13 @@ def table_rows(path: Path) -> int:
 def test_rows_of_the_data_the_list_and_the_special_ids_stay(folder: Path) -> None:
     (folder / "more.txt").write_text("1 2 100")
     result = onnxprune.prune(
-        folder / "model.onnx", calib=rows(), output=folder / "out.onnx", run_dir=folder / "run", passes="vocab", keep_ids=folder / "more.txt", **UNPRUNED
+        folder / "model.onnx",
+        calib=rows(),
+        output=folder / "out.onnx",
+        run_dir=folder / "run",
+        passes="vocab",
+        keep_ids=folder / "more.txt",
+        **UNPRUNED,
     )
     words = result.plan.vocabularies[0]
     np.testing.assert_array_equal(words.kept, sorted([*range(0, 100 * SEEN, 100), 1, 2, SPECIAL]))
@@ -126,7 +134,9 @@ def test_words_go_together_with_neurons_and_integers(folder: Path, monkeypatch: 
     assert result.plan.int8 is not None
     assert len(result.plan.int8.tables) == 1
     model = load(folder / "out.onnx")
-    tables = [array for name in model.initializer_names if (array := model.initializer(name)) is not None and array.shape == (SEEN + 1, WIDTH)]
+    tables = [
+        array for name in model.initializer_names if (array := model.initializer(name)) is not None and array.shape == (SEEN + 1, WIDTH)
+    ]
     assert [array.dtype for array in tables] == [np.int8]
 
 

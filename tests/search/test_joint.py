@@ -15,7 +15,8 @@ from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.macs import total_macs
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import slice_model
-from onnxprune.passes.rounds import Recipe, Scores, Workbench, choose, dense_student, offers_of
+from onnxprune.passes.choice import choose, offers_of
+from onnxprune.passes.workbench import Recipe, Scores, Workbench, dense_student
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.search.costs import CostTable, CostUnit, counted_costs
 from onnxprune.search.joint import Pair
