@@ -40,7 +40,7 @@ from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.manager import MISS, decide
 from onnxprune.passes.scope import Settings, understand
 from onnxprune.passes.workbench import Progress, Recipe, dense_student
-from onnxprune.record import leave, model_facts, new_record
+from onnxprune.record import TOO_LARGE, leave, model_facts, new_record, skip
 from onnxprune.request import examples, made_up, request_feeds
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import measured_costs, site_macs
@@ -265,7 +265,7 @@ def prune(
     written = _save(result, final, target_file, external_data, decision, chosen) if target_file is not None else None
     measured = None
     if bench_seconds > 0 and not chosen.may_time(given):
-        log.warning("latency is not compared: whole sessions of a model this large would be open side by side; onnxprune bench does it")
+        skip(record, "benchmark", f"{TOO_LARGE}; onnxprune bench compares the two files where memory holds both")
     elif bench_seconds > 0:
         tell("benchmark", 0, 1)
         chain = _chain(decision)

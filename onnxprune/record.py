@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from onnxprune.passes.scope import Settings
 from onnxprune.runtime.environment import describe
 from onnxprune.search.plan import save_id_maps
 
+log = logging.getLogger(__name__)
+
 
 def model_facts(model: Model, path: Path | None) -> dict[str, Any]:
     """Size and identity of a model for a record; ``path`` is the file it was loaded from, if any."""
@@ -35,13 +38,22 @@ def model_facts(model: Model, path: Path | None) -> dict[str, Any]:
     }
 
 
+TOO_LARGE = "whole sessions of a model above 1.5 GiB would be open side by side"
+
+
+def skip(record: dict[str, Any], step: str, reason: str) -> None:
+    """Note that a step of the run was left out though nobody asked for that."""
+    log.warning("%s is left out: %s", step, reason)
+    record["skipped"].append({"step": step, "reason": reason})
+
+
 def new_record(decision: Decision, chosen: Settings, started: float, command: Sequence[str]) -> dict[str, Any]:
     """The beginning of run.json: everything known before the model is applied."""
     from onnxprune import __version__
 
     given = decision.study.given
     unit = decision.table.unit
-    return {
+    record: dict[str, Any] = {
         "schema": "onnxprune.run/1",
         "tool": {"name": "onnxprune", "version": __version__},
         "command": list(command),
@@ -93,8 +105,12 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
         "refusals": [refusal.as_dict() for refusal in decision.refusals],
         "plan_sha256": decision.plan.sha256,
         "gates": [],
+        "skipped": [],
         "output": None,
     }
+    if chosen.finishing and not chosen.may_time(given):
+        skip(record, "finishing", f"{TOO_LARGE}; name the rewrites in --passes to have them all the same")
+    return record
 
 
 def leave(folder: Path | None, decision: Decision, record: dict[str, Any]) -> None:

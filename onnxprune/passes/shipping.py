@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
 
 from onnxprune.calibration.data import CalibrationData
@@ -22,8 +21,6 @@ from onnxprune.passes.workbench import Student, Workbench
 from onnxprune.quantize.form import Int8Form
 from onnxprune.runtime.session import Feeds, RuntimeOptions
 from onnxprune.verification import Yardstick
-
-log = logging.getLogger(__name__)
 
 _JUDGED = 128
 _SENSITIVITY_ROWS = 64
@@ -119,9 +116,7 @@ def choose_shipping(
     model, options, seed = study.anatomy.model, settings.runtime, settings.recipe.seed
     rewrites: tuple[str, ...] = study.rewrites
     parts: tuple[Part, ...] = ()
-    if settings.finishing and not settings.may_time(study.given):
-        log.info("finishing rewrites are left out: a model of this size is not timed for a target that is counted")
-    elif settings.finishing:
+    if settings.finishing and settings.may_time(study.given):
         samples = [dict(batch.feeds) for batch in bench.batches[:2]]
         rewrites, parts = choose_parts(model, rewrites, request, options, seed, samples, bench.report("finishing"))
     shipping = Shipping(study.anatomy, rewrites, calibration, options, parts)

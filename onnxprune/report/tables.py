@@ -42,6 +42,8 @@ def run_tables(record: Record, run_dir: Path | None) -> list[RenderableType]:
         parts.append(sites_table(record["sites"]))
     if tried := (record.get("int8") or {}).get("trials"):
         parts += [_trials(record, tried), *_sensitive(record)]
+    for skipped in record.get("skipped", []):
+        parts.append(Text.assemble((f"{skipped['step'].capitalize()} was left out", _TONES["warn"]), f": {skipped['reason']}"))
     if record["refusals"]:
         parts.append(refusals_table(record["refusals"]))
     if record["gates"]:

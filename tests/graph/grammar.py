@@ -189,8 +189,9 @@ class Writer(Net):
 
     def _concat(self, x: str, n: int, block: Block) -> tuple[str, int]:
         more = self.number(1, 3)
-        other = self.pick(self.project(self.source, self.width, more), self("Mul", x, x))
-        return str(self("Concat", x, other, axis=self.pick(2, -1))), n + (n if other.startswith("Mul") and "Add" not in other else more)
+        # Both parts are nonlinear: of a linear one alone, when the rest has gone, nobody would say that it is a feed-forward.
+        other, more = (self.act(self.project(self.source, self.width, more)), more) if self.maybe() else (self("Mul", x, x), n)
+        return str(self("Concat", x, other, axis=self.pick(2, -1))), n + more
 
     def _fold(self, x: str, n: int, block: Block) -> tuple[str, int]:
         """[.., n] as [.., a, b], something along one of them, and back."""

@@ -64,9 +64,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[onnxprune.PruneResul
     folder = tmp_path_factory.mktemp("both")
     given = load(zoo.path(BERT)).save(folder / "given.onnx", external_data=True)
     options: dict[str, Any] = {"calib": arrays(BERT, 32), "target_macs": "60%", "rounds": 1, "importance": "fisher"}
-    options |= {"finishing": False, "bench_seconds": 0}
     with pytest.MonkeyPatch.context() as patch:
-        whole = onnxprune.prune(given, output=folder / "whole.onnx", **options)
+        whole = onnxprune.prune(given, output=folder / "whole.onnx", finishing=False, bench_seconds=0, **options)
         patch.setattr(paged, "PIECE_BYTES", PIECE)
         patch.setattr(storage, "LARGE_BYTES", 0)
         parts = onnxprune.prune(given, output=folder / "parts.onnx", **options)
@@ -115,6 +114,14 @@ def test_a_large_model_is_not_timed_for_a_counted_target(both: tuple[onnxprune.P
     assert not settings(target_macs="60%").may_time(model)
     assert settings(target_latency="60%").may_time(model)
     assert settings(target_macs="60%").may_time(replace(model, paged=False))
+
+
+def test_steps_that_a_large_model_goes_without_are_named(both: tuple[onnxprune.PruneResult, onnxprune.PruneResult]) -> None:
+    whole, parts = both
+    assert whole.record["skipped"] == []
+    assert [skipped["step"] for skipped in parts.record["skipped"]] == ["finishing", "benchmark"]
+    assert all("1.5 GiB" in skipped["reason"] for skipped in parts.record["skipped"])
+    assert parts.record["rewrites"] == []
 
 
 def test_a_plan_replays_in_pieces(both: tuple[onnxprune.PruneResult, onnxprune.PruneResult], monkeypatch: pytest.MonkeyPatch) -> None:

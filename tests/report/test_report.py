@@ -367,6 +367,13 @@ def test_a_record_from_before_int8_has_a_report(record: Record) -> None:
     assert "same prediction" in printed(record)
 
 
+def test_what_was_left_out_is_told_with_the_reason(record: Record) -> None:
+    record["skipped"] = [{"step": "benchmark", "reason": "the model is too large"}]
+    assert "Left out" in words_of(record)
+    assert "benchmark the model is too large" in words_of(record)
+    assert "Benchmark was left out: the model is too large" in " ".join(printed(record).split())
+
+
 def test_ticks_are_round_and_inside(record: Record) -> None:
     assert figures._ticks(0.11, 0.21) == pytest.approx([0.12, 0.14, 0.16, 0.18, 0.2])
     assert figures._ticks(3.0, 47.0) == pytest.approx([10, 20, 30, 40])
