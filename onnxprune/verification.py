@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from onnxprune.calibration.checks import fixed_rows, input_specs
 from onnxprune.calibration.data import IGNORED_LABEL, Batch, CalibrationData
 from onnxprune.calibration.objective import Objective
 from onnxprune.calibration.stream import DEFAULT_ROWS, stream
@@ -106,8 +107,14 @@ def masked_equals_sliced(anatomy: Anatomy, kept: Kept, data: CalibrationData, op
 def compare(
     original: Model, model: Model, data: CalibrationData, objective: Objective, options: RuntimeOptions, seed: int = 0
 ) -> Comparison:
-    """Compare two models on all rows of ``data``; padding and ignored labels do not count."""
+    """Compare two models on all rows of ``data``; padding and ignored labels do not count.
+
+    Raises:
+        InputError: the models insist on batches of different sizes, or their outputs differ in shape.
+        GateError: the output is not finite where the original's is.
+    """
     columns: dict[str, list[np.ndarray]] = {}
+    data = _for_both(data, model)
     size = rows_per_run(objective, data)
     first = stream(original, data, [objective.output], options=options, rows=size)
     second = stream(model, data, [objective.output], options=options, rows=size)
@@ -127,6 +134,18 @@ def compare(
             rows |= {"accuracy_before": before, "accuracy_after": after, "drop": before - after}
     means = {name: _interval(values, seed) for name, values in rows.items()}
     return Comparison(len(data), objective.output, **means)
+
+
+def _for_both(data: CalibrationData, model: Model) -> CalibrationData:
+    """Data as the original takes it, in the sizes that ``model`` insists on."""
+    specs = input_specs(model)
+    rows = fixed_rows(specs)
+    if rows and data.fixed_rows and rows != data.fixed_rows:
+        raise InputError(
+            f"the first model takes batches of {data.fixed_rows} rows only, the second of {rows}; export both with one batch size"
+        )
+    fixed = any(name in specs and isinstance(specs[name].dims[axis], int) for name, axis in data.sequence_axes.items())
+    return replace(data, fixed_rows=rows or data.fixed_rows, sequence_axes={} if fixed else data.sequence_axes)
 
 
 def rows_per_run(objective: Objective, data: CalibrationData) -> int:

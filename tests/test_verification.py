@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper
 from onnxprune import verification
 from onnxprune.calibration.data import IGNORED_LABEL, CalibrationData
 from onnxprune.calibration.objective import Link, Objective
+from onnxprune.errors import InputError
 from onnxprune.graph.model import Model, load
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.verification import TOLERANCE, Comparison, Fidelity, Interval, Yardstick, compare, masked_equals_sliced
@@ -343,3 +345,24 @@ def test_a_yardstick_keeps_no_more_than_fits(monkeypatch: pytest.MonkeyPatch, ma
     assert sum(values.size for values in yardstick._known) <= 10 * TOKENS * CLASSES
     chosen = yardstick.rows.inputs["x"]
     assert np.array_equal(chosen[[0, -1]], TOKEN_INPUT[[0, -1]])
+
+
+def shaped(model: Model, *sizes: int | str) -> Model:
+    """The same model for inputs of this shape only."""
+    proto = model.copy_proto()
+    for dim, size in zip(proto.graph.input[0].type.tensor_type.shape.dim, sizes, strict=False):
+        dim.Clear()
+        setattr(dim, "dim_value" if isinstance(size, int) else "dim_param", size)
+    return model.with_proto(proto)
+
+
+def test_a_model_of_fixed_sizes_is_compared_with_one_that_takes_any() -> None:
+    rows, known = tokens(), objective(tokens=True)
+    before, after = linear(BEFORE, tokens=True), linear(AFTER, tokens=True)
+    free = compare(before, after, rows, known, OPTIONS)
+    assert compare(before, shaped(after, 3, "s"), rows, known, OPTIONS) == free
+    assert compare(before, shaped(after, 1, TOKENS), rows, known, OPTIONS).samples == ROWS
+    assert value(compare(before, shaped(after, 1, TOKENS), rows, known, OPTIONS).kl) == pytest.approx(value(free.kl), rel=1e-6)
+    insisting = replace(rows, fixed_rows=4)
+    with pytest.raises(InputError, match="the first model takes batches of 4 rows only, the second of 3"):
+        compare(shaped(before, 4, "s"), shaped(after, 3, "s"), insisting, known, OPTIONS)
