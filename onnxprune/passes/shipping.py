@@ -136,5 +136,8 @@ def choose_shipping(
 
 def _not_faster(trials: tuple[Trial, ...]) -> Refusal:
     best = max(trials, key=lambda trial: trial.speedup, default=None)
-    found = f"the best form tried ({best.scheme}) runs at {best.speedup:.2f}x of its speed" if best else "no product can be quantised"
+    if best is None:
+        reason = "nothing computes in int8: the graph has no MatMul or plain Gemm of an activation with a constant float32 matrix"
+        return Refusal("OP401", "int8", reason, "leave int8 out; convolutions and products of two activations stay in float")
+    found = f"the best form tried ({best.scheme}) runs at {best.speedup:.2f}x of its speed"
     return Refusal("OP401", "int8", f"int8 is not faster than float here: {found}")

@@ -185,6 +185,13 @@ def test_integers_that_are_slower_are_refused_and_the_rest_goes_on(monkeypatch: 
     assert decision.shipping.trials == SLOW
 
 
+def test_a_graph_without_products_is_told_what_int8_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    monkeypatch.setattr(shipping, "choose_scheme", lambda *_, **__: (None, ()))
+    with pytest.raises(NothingPrunable, match=r"OP401 .*no MatMul or plain Gemm of .* float32 matrix; leave int8 out; convolutions"):
+        search(passes="int8")
+
+
 def test_integers_that_are_slower_are_nothing_to_do_where_nothing_else_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     monkeypatch.setattr(shipping, "choose_scheme", lambda *_, **__: (None, SLOW))

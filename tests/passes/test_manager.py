@@ -93,9 +93,8 @@ def test_a_graph_without_transformer_blocks_has_nothing_to_prune() -> None:
 
 @pytest.mark.parametrize("other", ["fp16", "int4"])
 def test_weights_are_put_into_one_kind_of_other_numbers(other: str) -> None:
-    with pytest.raises(InputError, match=f"--passes names int8 and {other}, .*; take int8 for CPUs, fp16 for GPUs, int4 for large decoders"):
+    with pytest.raises(InputError, match=f"--passes names int8 and {other}, .*; take int8 for CPUs, fp16 for GPUs, int4 for large"):
         study_of(BERT, passes=f"int8,{other}")
-
 
 
 def test_sites_of_another_pass_are_pointed_out() -> None:
