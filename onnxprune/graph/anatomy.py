@@ -8,7 +8,7 @@ becomes a :class:`Refusal`. A ``channels`` site is a group of channels of convol
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from onnxprune.errors import Refusal
 from onnxprune.graph.axes import Tracer
 from onnxprune.graph.axis_links import Shapes, Tie
-from onnxprune.graph.axis_rules import MEASURES, NONLINEAR, links
+from onnxprune.graph.axis_rules import NONLINEAR, links
 from onnxprune.graph.axis_state import Blocked, Group, Leaf
 from onnxprune.graph.channels import CONVOLUTIONS, channel_groups, is_convolutional
 from onnxprune.graph.experts import refuse_experts
@@ -26,12 +26,22 @@ from onnxprune.graph.profile import Profile
 from onnxprune.graph.resizing import unresizable
 from onnxprune.graph.shared_layers import joined, with_the_same_weights
 from onnxprune.graph.silence import can_be_silent
+from onnxprune.graph.suspects import (
+    WEIGHTED,
+    attention_context,
+    inside_bodies,
+    is_attention,
+    looks_like_ffn,
+    only_one,
+    refuse_blocked,
+    refuse_unlike,
+    uncovered_attention,
+    unit_of,
+)
 from onnxprune.graph.tail import joins_stream, sums_of_their_own
-from onnxprune.graph.view import GraphView, Node, captured, inner_views
+from onnxprune.graph.view import GraphView, Node
 
 Kind = Literal["heads", "ffn", "channels", "qk", "vo"]
-_ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
-_WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +124,16 @@ def study(model: Model, profile: Profile) -> Anatomy:
     refused: set[int] = set()
     channels, no_channels = channel_groups(view, profile, tracer)
     for tensor, axis, node in _seeds(view, profile):
-        if (profile.shape(tensor) or ())[axis : axis + 1] == (1,) and _looks_like_ffn(view, tensor):
-            refusals.append(_single("ffn", node))
+        if (profile.shape(tensor) or ())[axis : axis + 1] == (1,) and looks_like_ffn(view, tensor):
+            refusals.append(only_one("ffn", node))
             continue
         results = tracer.trace(tensor, axis)
         for blocked in (result for result in results if isinstance(result, Blocked)):
-            refusal = _refuse_blocked(view, node, tensor, blocked)
+            refusal = refuse_blocked(view, node, tensor, blocked)
             refusals += [refusal] if refusal else []
         kind, group = _best(view, results)
+        if kind is None:
+            refusals += refuse_unlike(view, node, tensor, results)
         if kind is None or group is None or group.key() in seen:
             continue
         seen.add(group.key())
@@ -130,7 +142,10 @@ def study(model: Model, profile: Profile) -> Anatomy:
         if refusal is None:
             found.append((kind, group, consumers))
         else:
-            refusals.append(refusal)
+            # Neurons that hang together with heads are refused with them, and each is named.
+            together = kind == "heads" and refusal.site == node.name
+            places = [consumer.leaf.node.name for consumer in consumers] if together else [refusal.site]
+            refusals += [replace(refusal, site=place) for place in places]
             refused.update(node.index for node in group.nodes)
     found = [
         (found[places[0]][0], joined([found[place][1] for place in places]), tuple(item for place in places for item in found[place][2]))
@@ -145,8 +160,9 @@ def study(model: Model, profile: Profile) -> Anatomy:
         else:
             found.append(("channels", group, consumers_of(view, profile, group)))
     sites = _named(view, profile, found)
-    refusals += _uncovered_attention(view, tracer, sites, refused)
-    refusals += _inside_bodies(view)
+    covered = refused | {node.index for site in sites if site.kind == "heads" for node in site.group.nodes}
+    refusals += uncovered_attention(view, tracer, covered)
+    refusals += inside_bodies(view)
     return Anatomy(model, view, profile, sites, tuple(dict.fromkeys([*refusals, *refuse_experts(view), *no_channels])))
 
 
@@ -154,7 +170,7 @@ def _seeds(view: GraphView, profile: Profile) -> Iterator[tuple[str, int, Node]]
     """Activation axes that a constant matrix contracts, each once, in graph order."""
     done: set[tuple[str, int]] = set()
     for node in view.nodes:
-        if node.op not in _WEIGHTED or node.domain:
+        if node.op not in WEIGHTED or node.domain:
             continue
         for tensor, axis, slot, _ in _contractions(view, profile, node):
             if view.is_constant(node.inputs[slot]) and (tensor, axis) not in done:
@@ -196,13 +212,9 @@ def kind_of(view: GraphView, group: Group) -> Kind | None:
         return "heads"
     if is_convolutional(group):
         return None
-    touches_scores = any(node.op in _ATTENTION_OPS or _is_activation_product(view, node) for node in group.nodes)
+    touches_scores = any(is_attention(view, node) for node in group.nodes)
     nonlinear = any(node.op in NONLINEAR for node in group.nodes)
     return "ffn" if nonlinear and not touches_scores else None
-
-
-def _is_activation_product(view: GraphView, node: Node) -> bool:
-    return node.op == "MatMul" and not any(view.is_constant(name) for name in node.inputs)
 
 
 def consumers_of(view: GraphView, profile: Profile, group: Group) -> tuple[Consumer, ...]:
@@ -262,12 +274,12 @@ def refuse_group(
 ) -> Refusal | None:
     where = node.name
     if group.units < 2:
-        return _single(kind, node)
+        return only_one(kind, node)
     foreign = foreign_weight(view, group)
     if foreign is not None:
         return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1])
     if not joins_stream(view, [consumer.output for consumer in consumers]):
-        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {_unit(kind)}s do not end in a residual branch")
+        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {unit_of(kind)}s do not end in a residual branch")
     rigid = unresizable(view, profile, group)
     if rigid is not None:
         return Refusal("OP101" if kind == "heads" else "OP201", *rigid)
@@ -285,99 +297,3 @@ def foreign_weight(view: GraphView, group: Group) -> tuple[str, str] | None:
             made = f"computed by {maker.op}" if maker else f"of type {array.dtype if array is not None else 'unknown'}"
             return leaf.node.name, f"its weight {leaf.tensor} is {made}, not a float initializer"
     return None
-
-
-def _refuse_blocked(view: GraphView, node: Node, tensor: str, blocked: Blocked) -> Refusal | None:
-    """A blocked trace is worth a word only if it started inside something that looks like an FFN."""
-    if blocked.normalises or not _looks_like_ffn(view, tensor):
-        return None
-    return Refusal("OP201", node.name, f"{blocked.reason} (at {blocked.node or 'the graph boundary'})")
-
-
-def _looks_like_ffn(view: GraphView, tensor: str) -> bool:
-    """Walking back from ``tensor`` to the nearest weight products meets a nonlinearity, and no attention or normalisation."""
-    pending, nonlinear, products, visited = [tensor], False, 0, set()
-    while pending:
-        node = view.producer.get(pending.pop())
-        if node is None or node.index in visited or node.op in MEASURES:
-            continue  # a shape that is measured somewhere upstream is no way back
-        visited.add(node.index)
-        if node.op in _WEIGHTED and any(view.is_constant(name) for name in node.inputs[:2]):
-            products += 1
-        elif (
-            node.op in _ATTENTION_OPS
-            or _is_activation_product(view, node)
-            or any(word in node.op for word in ("Softmax", "Norm", "Reduce"))
-        ):
-            return False
-        else:
-            nonlinear |= node.op in NONLINEAR
-            data = sorted(captured(node.proto)) if node.op == "If" else node.inputs  # its input is the condition
-            pending.extend(name for name in data if name and not view.is_constant(name))
-    return nonlinear and products > 0
-
-
-def _uncovered_attention(view: GraphView, tracer: Tracer, sites: tuple[Site, ...], refused: set[int]) -> list[Refusal]:
-    """Attention blocks that are part of no site, and of no group that was refused with its own reason."""
-    covered = refused | {node.index for site in sites if site.kind == "heads" for node in site.group.nodes}
-    result = []
-    for node in view.nodes:
-        context = attention_context(view, node)
-        if context is None or node.index in covered:
-            continue
-        maker = view.producer[context]
-        shape = tracer.profile.shape(context) or ()
-        if len(shape) == 4 and shape[1] == 1:
-            result.append(_single("heads", maker))
-            continue
-        blocked = next((r for axis in range(1, len(shape)) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
-        where = blocked and (blocked.node or "the graph boundary")
-        reason = f"{blocked.reason} (at {where})" if blocked else "no projection with a constant weight reads its heads"
-        result.append(Refusal("OP101", maker.name, reason))
-    return result
-
-
-def _inside_bodies(view: GraphView) -> Iterator[Refusal]:
-    """What looks like a site in the body of an If, Loop or Scan: only the graph itself is traced."""
-    for outer, inner in inner_views(view):
-        reason = f"it lies in the body of {outer}, where nothing is traced"
-        for node in inner.nodes:
-            name = node.name or node.outputs[0]
-            if attention_context(inner, node) is not None:
-                yield Refusal("OP101", name, reason)
-            elif (
-                node.op in _WEIGHTED
-                and len(node.inputs) > 1
-                and inner.is_constant(node.inputs[1])
-                and _looks_like_ffn(inner, node.inputs[0])
-            ):
-                yield Refusal("OP201", name, reason)
-
-
-def _single(kind: Kind, node: Node) -> Refusal:
-    return Refusal("OP103" if kind == "heads" else "OP203", node.name, f"only one {_unit(kind)} is left")
-
-
-def attention_context(view: GraphView, node: Node) -> str | None:
-    """The context tensor if ``node`` is the heart of an attention: a fused operator, or a Softmax whose result weighs an activation."""
-    if node.op in _ATTENTION_OPS:
-        return node.outputs[0]
-    if node.op != "Softmax":
-        return None
-    pending = [node.outputs[0]]
-    seen: set[int] = set()
-    while pending:
-        tensor = pending.pop()
-        for consumer, slot in view.consumers.get(tensor, ()):
-            if consumer.index in seen:
-                continue
-            seen.add(consumer.index)
-            if _is_activation_product(view, consumer) and slot == 0:
-                return consumer.outputs[0]
-            if consumer.op in ("IsNaN", "Where", "Cast", "Dropout", "Identity", "Mul", "Reshape", "Transpose"):
-                pending.extend(consumer.outputs)
-    return None
-
-
-def _unit(kind: Kind) -> str:
-    return "head" if kind == "heads" else "neuron"

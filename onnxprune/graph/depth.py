@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnxprune.errors import Refusal
-from onnxprune.graph.anatomy import Anatomy, Consumer, Kind, Site, attention_context, consumers_of, foreign_weight
+from onnxprune.graph.anatomy import Anatomy, Consumer, Kind, Site, consumers_of, foreign_weight
 from onnxprune.graph.axes import Tracer
 from onnxprune.graph.axis_rules import MEASURES
 from onnxprune.graph.axis_state import Blocked, Group, Leaf
 from onnxprune.graph.plain import Plain, Reason, projection_of, reader_of
 from onnxprune.graph.side import side_tensors
+from onnxprune.graph.suspects import attention_context
 from onnxprune.graph.tail import joins_stream
 from onnxprune.graph.view import GraphView, Node
 

@@ -15,7 +15,7 @@ from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.model import load
 from onnxprune.runtime.session import open_session
 from tests.graph.grammar import Block, transformers
-from tests.graph.net import FFN, WIDTH, Net
+from tests.graph.net import DEPTH, FFN, WIDTH, Net
 from tests.graph.pruning import Comparison, anatomy_of
 
 EXAMPLES = settings().max_examples // 4
@@ -148,3 +148,35 @@ def test_a_branch_that_could_not_be_replaced_by_a_constant_keeps_a_unit() -> Non
     turned = net("Transpose", turned, perm=[0, 2, 1])
     (site,) = anatomy_of(net.done(net.add("x", turned))).sites
     assert site.least == 1
+
+
+def test_neurons_that_hang_together_with_refused_heads_are_named_beside_them() -> None:
+    """One head, whose queries are the input of a feed-forward as well."""
+    net = Net()
+    q, k, v = (net.linear("x", WIDTH, 2) for _ in range(3))
+    context = net.ms("MultiHeadAttention", q, k, v, num_heads=1)
+    ffn, attention = (net("MatMul", tensor, net.weight(2, WIDTH)) for tensor in (net("Tanh", q), context))
+    anatomy = anatomy_of(net.done(net("Sum", "x", ffn, attention)))
+    assert anatomy.sites == ()
+    sites = {name.rsplit(".", 1)[0] for name in (ffn, attention)}
+    assert {(refusal.code, refusal.site) for refusal in anatomy.refusals} == {("OP103", site) for site in sites}
+
+
+def test_neurons_that_are_dimensions_inside_heads_are_refused() -> None:
+    net = Net()
+    q, k, v = (net.linear("x", WIDTH, DEPTH) for _ in range(3))
+    scores = net("MatMul", net.heads(q, 1), net("Transpose", net.heads(k, 1), perm=[0, 1, 3, 2]))
+    context = net("Transpose", net("MatMul", net("Softmax", scores, axis=3), net.heads(v, 1)), perm=[0, 2, 1, 3])
+    branches = net.linear(net("Tanh", v), DEPTH, WIDTH), net.linear(net("Reshape", context, net.ints(0, 0, DEPTH)), DEPTH, WIDTH)
+    anatomy = anatomy_of(net.done(net("Sum", "x", *branches)))
+    assert anatomy.sites == ()
+    assert {refusal.code: "inside heads" in refusal.reason for refusal in anatomy.refusals} == {"OP201": True, "OP103": False}
+
+
+def test_copies_of_one_neuron_are_refused() -> None:
+    net = Net()
+    one = net("Unsqueeze", net("Tanh", net.linear("x", WIDTH, 1)), net.ints(2))
+    copies = net("Reshape", net("Expand", one, net.ints(1, 1, 4, 1)), net.ints(0, 0, 4))
+    anatomy = anatomy_of(net.done(net.add("x", net.linear(copies, 4, WIDTH))))
+    assert anatomy.sites == ()
+    assert [(refusal.code, "copies of one neuron" in refusal.reason) for refusal in anatomy.refusals] == [("OP201", True)]
