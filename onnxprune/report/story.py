@@ -99,7 +99,7 @@ def verdict(record: Record) -> Verdict:
             f"{gate['name']} is {percent(gate['value'], 2)}, more than {percent(gate['limit'], 2)}; the model was {state}.",
         )
     if target["already_met"] and not (record.get("vocabulary") or {}).get("tables"):
-        return Verdict("plain", "Already met", f"The file meets {target['asked']} without pruning.")
+        return Verdict("plain", "Already met", _met(record))
     if "verification" not in record:
         return Verdict("plain", "Plan only", f"Predicted {cost(target['predicted'], target['unit'])}; nothing was applied.")
     if target_missed(record):
@@ -120,6 +120,16 @@ def verdict(record: Record) -> Verdict:
     )
     reached = asked(record) if target["goal"] is None else f"target {asked(record)} met"
     return Verdict("good", "Done", f"{reached[:1].upper()}{reached[1:]}; {limit or 'no --max-drop was set'}.")
+
+
+def _met(record: Record) -> str:
+    """Who meets the target: the file as given, or only its finished copy, which is then worth writing."""
+    target = record["target"]
+    if target["given"] <= target["goal"]:
+        return f"The file as given meets the target, {asked(record)}."
+    finished, given = (cost(target[name], target["unit"]) for name in ("finished", "given"))
+    copy = "the finished copy was written" if record.get("output") else "--write-unpruned writes the finished copy"
+    return f"Finishing alone meets the target, {asked(record)}: {finished} instead of {given} as given; {copy}."
 
 
 def asked(record: Record) -> str:

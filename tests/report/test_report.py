@@ -246,6 +246,22 @@ def test_verdicts(record: Record) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "written", "words"),
+    [
+        (3.0, False, "The file as given meets the target, 60% of the latency (4.00 ms)."),
+        (6.0, False, "3.50 ms instead of 6.00 ms as given; --write-unpruned writes the finished copy."),
+        (6.0, True, "3.50 ms instead of 6.00 ms as given; the finished copy was written."),
+    ],
+)
+def test_a_target_that_is_met_says_by_which_file(record: Record, given: float, written: bool, words: str) -> None:
+    met = {"asked": "latency=60%", "unit": "ms", "goal": 4.0, "given": given, "finished": 3.5, "already_met": True}
+    record["output"] = record["output"] if written else None
+    found = story.verdict({**record, "target": {**record["target"], **met}})
+    assert found.title == "Already met"
+    assert found.detail.endswith(words)
+
+
 def test_the_drawing_of_latencies_keeps_their_ratios(record: Record) -> None:
     variants = record["benchmark"]["variants"]
     for name, latency in (("file as given", 4.0), ("finished original", 3.0), ("pruned", 1.0)):
