@@ -74,7 +74,7 @@ def _model(op: str, feeds: dict[str, Any], constants: Feeds, outputs: int, opset
     names = [name if value is not None else "" for name, value in feeds.items()]
     while names and not names[-1]:
         names.pop()
-    produced = [f"y{index}" if index in (0, outputs - 1) else "" for index in range(outputs)]
+    produced = [f"y{index}" if index in (0, outputs - 1) or "Attention" in op else "" for index in range(outputs)]
     dynamic = {name: value for name, value in feeds.items() if value is not None and name not in constants}
     graph = helper.make_graph(
         [helper.make_node(op, names, produced, name="fused", domain=domain, **attributes)],
@@ -102,6 +102,37 @@ def _multi_head(mask: np.ndarray | None = None, extra: np.ndarray | None = None,
     return {**operands, "bias": constants.get("bias"), "mask": mask, "extra": extra}, constants
 
 
+def _multi_head_cached(past: int) -> Tensors:
+    feeds, _ = _multi_head(bias=False)
+    return {**feeds, **{name: _floats(BATCH, HEADS, past, SIZE) for name in ("past_key", "past_value")}}, {}
+
+
+QUERIES, SHARED, DEPTH = 4, 2, 32
+"""Heads of a GroupQueryAttention, whose angles must be a multiple of eight."""
+
+
+def _group_query(tokens: int, past: int, packed: bool = False, half: int = 0, bias: bool = False, lengths: tuple[int, ...] = ()) -> Tensors:
+    own = (QUERIES + 2 * SHARED if packed else QUERIES) * DEPTH
+    feeds: dict[str, Any] = {"q": _floats(BATCH, tokens, own)}
+    feeds |= {name: None if packed else _floats(BATCH, tokens, SHARED * DEPTH) for name in ("k", "v")}
+    feeds |= {name: _floats(BATCH, SHARED, past, DEPTH) for name in ("past_key", "past_value")}
+    feeds["last"] = np.array(lengths or [past + tokens] * BATCH, np.int32) - 1
+    feeds["total"] = np.array(past + tokens, np.int32)
+    angles = {name: _floats(16, half) for name in ("cos", "sin")} if half else {}
+    feeds |= {"cos": angles.get("cos"), "sin": angles.get("sin"), "positions": None}
+    feeds["extra"] = _floats(BATCH, QUERIES, tokens, past + tokens) if bias else None
+    return feeds, angles
+
+
+GROUPS = {"num_heads": QUERIES, "kv_num_heads": SHARED}
+
+
+def _turning(rank: int, positions: np.ndarray, half: int = SIZE // 2) -> Tensors:
+    angles = {name: _floats(16, half) for name in ("cos", "sin")}
+    x = _floats(BATCH, SEQ, HIDDEN) if rank == 3 else _floats(BATCH, HEADS, SEQ, SIZE)
+    return {"x": x, "positions": positions, **angles}, angles
+
+
 def _norm(*names: str) -> Tensors:
     constants = {name: _floats(HIDDEN) for name in names}
     return {"x": _floats(BATCH, SEQ, HIDDEN), "skip": _floats(BATCH, SEQ, HIDDEN), **constants}, constants
@@ -121,6 +152,20 @@ FUSED = [
     pytest.param("MultiHeadAttention", _multi_head(), 1, {"num_heads": HEADS}, id="mha"),
     pytest.param("MultiHeadAttention", _multi_head(PADDING, BIAS, False), 1, {"num_heads": HEADS, "scale": 0.2}, id="mha-mask-bias"),
     pytest.param("MultiHeadAttention", _multi_head(), 1, {"num_heads": HEADS, "unidirectional": 1}, id="mha-causal"),
+    pytest.param("MultiHeadAttention", _multi_head_cached(3), 3, {"num_heads": HEADS}, id="mha-cache"),
+    pytest.param("MultiHeadAttention", _multi_head_cached(0), 3, {"num_heads": HEADS, "unidirectional": 1}, id="mha-cache-empty"),
+    pytest.param("GroupQueryAttention", _group_query(5, 0), 3, GROUPS, id="gqa"),
+    pytest.param("GroupQueryAttention", _group_query(1, 6), 3, {**GROUPS, "local_window_size": 3}, id="gqa-cache-window"),
+    pytest.param("GroupQueryAttention", _group_query(1, 6, packed=True, half=16), 3, {**GROUPS, "do_rotary": 1}, id="gqa-packed-rotary"),
+    pytest.param(
+        "GroupQueryAttention",
+        _group_query(5, 0, half=8, bias=True),
+        3,
+        {**GROUPS, "do_rotary": 1, "rotary_interleaved": 1, "softcap": 3.0, "scale": 0.2},
+        id="gqa-part-interleaved-bias",
+    ),
+    pytest.param("RotaryEmbedding", _turning(3, np.array([[1, 4, 0, 2, 9]] * BATCH)), 1, {}, id="rotary-flat"),
+    pytest.param("RotaryEmbedding", _turning(4, np.array([2])), 1, {"interleaved": 1}, id="rotary-from"),
     pytest.param("SkipLayerNormalization", _norm("scale", "shift"), 1, {"epsilon": 1e-5}, id="skip-norm"),
     pytest.param("SkipLayerNormalization", _norm("scale", "shift", "bias"), 4, {"epsilon": 0.1}, id="skip-norm-bias-sum"),
     pytest.param("SkipLayerNormalization", _norm("scale"), 1, {}, id="skip-norm-no-shift"),
@@ -145,6 +190,14 @@ def test_lowered_operator_equals_the_fused_kernel(op: str, tensors: Any, outputs
     assert lowered.output_names == model.output_names
     for ours, expected in zip(run(open_session(lowered), inputs), run(open_session(model), inputs), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_with_less_past_than_others_attend_to_what_they_have() -> None:
+    feeds, constants = _group_query(1, 6, half=16, lengths=(7, 5))
+    model = _model("GroupQueryAttention", feeds, constants, 3, 17, {**GROUPS, "do_rotary": 1})
+    inputs = {name: value for name, value in feeds.items() if name in model.input_names}
+    ours, expected = (run(open_session(made), inputs)[0] for made in (lower(model), model))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_simplified_norm_of_onnxruntime_equals_its_kernel() -> None:
@@ -173,6 +226,7 @@ def test_unknown_operator_to_lower_is_an_error() -> None:
     [
         ("Attention", _attention(), {"num_heads": HEADS, "do_rotary": 1}, "'do_rotary'"),
         ("Attention", _attention(), {"num_heads": HEADS, "past_present_share_buffer": 1}, "share_buffer"),
+        ("GroupQueryAttention", _group_query(5, 0), {**GROUPS, "smooth_softmax": 1}, "smooth_softmax"),
         ("QuickGelu", ({"x": _floats(2, 3), "z": _floats(2, 3)}, {}), {}, "input 1"),
     ],
 )
