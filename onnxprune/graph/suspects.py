@@ -36,8 +36,10 @@ def refuse_blocked(view: GraphView, node: Node, tensor: str, blocked: Blocked) -
 def refuse_unlike(view: GraphView, node: Node, tensor: str, results: Sequence[Group | Blocked]) -> list[Refusal]:
     """What looks like an FFN and can be followed, and whose neurons turn out to be something else."""
     groups = [result for result in results if isinstance(result, Group)]
-    if not groups or len(groups) < len(results) or not looks_like_ffn(view, tensor):
+    if len(groups) < len(results) or not looks_like_ffn(view, tensor):
         return []
+    if not groups:
+        return [Refusal("OP201", node.name, "reshapes regroup its neurons so that all of them go together", "leave it")]
     inside = next((other for group in groups for other in group.nodes if is_attention(view, other)), None)
     if inside is not None:
         reason = f"the same neurons are dimensions inside heads (at {inside.name})"

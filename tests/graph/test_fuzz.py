@@ -180,3 +180,15 @@ def test_copies_of_one_neuron_are_refused() -> None:
     anatomy = anatomy_of(net.done(net.add("x", net.linear(copies, 4, WIDTH))))
     assert anatomy.sites == ()
     assert [(refusal.code, "copies of one neuron" in refusal.reason) for refusal in anatomy.refusals] == [("OP201", True)]
+
+
+def test_neurons_that_reshapes_tie_all_together_are_refused() -> None:
+    net = Net()
+    hidden = net("Tanh", net.linear("x", WIDTH, 6))
+    for _ in range(2):
+        turned = net("Transpose", net("Reshape", hidden, net.ints(0, 0, 2, 3)), perm=[0, 1, 3, 2])
+        scaled = net("Mul", net("Reshape", turned, net.ints(0, 0, 2, 3)), net.weight(2, 1))
+        hidden = net("Reshape", scaled, net.ints(0, 0, 6))
+    anatomy = anatomy_of(net.done(net.add("x", net.linear(hidden, 6, WIDTH))))
+    assert anatomy.sites == ()
+    assert [(refusal.code, "go together" in refusal.reason) for refusal in anatomy.refusals] == [("OP201", True)]
