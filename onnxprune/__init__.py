@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxprune.errors import OnnxPruneError, Refusal
     from onnxprune.export.job import export_model
     from onnxprune.graph.model import Model, load
+    from onnxprune.nested import Family, family
     from onnxprune.search.plan import Plan, load_plan
 
 _HOMES = {
@@ -26,6 +27,8 @@ _HOMES = {
     "prune": "onnxprune.api",
     "verify": "onnxprune.api",
     "export_model": "onnxprune.export.job",
+    "Family": "onnxprune.nested",
+    "family": "onnxprune.nested",
     "OnnxPruneError": "onnxprune.errors",
     "Refusal": "onnxprune.errors",
     "Model": "onnxprune.graph.model",
@@ -35,6 +38,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Family",
     "Model",
     "OnnxPruneError",
     "Plan",
@@ -44,6 +48,7 @@ __all__ = [
     "apply",
     "bench",
     "export_model",
+    "family",
     "inspect",
     "load",
     "load_plan",

@@ -38,7 +38,7 @@ from onnxprune.passes.base import exact
 from onnxprune.passes.decision import HELD_BACK, Decision
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.manager import MISS, decide
-from onnxprune.passes.scope import Settings, understand
+from onnxprune.passes.scope import Settings, Study, understand
 from onnxprune.passes.workbench import Progress, Recipe, dense_student
 from onnxprune.record import TOO_LARGE, leave, model_facts, new_record, skip
 from onnxprune.request import examples, made_up, request_feeds
@@ -240,12 +240,7 @@ def prune(
     inputs = input_files(given, calib, keep_ids=chosen.keep_ids)
     target_file = model_output(output, inputs) if output is not None and not dry_run else None
     folder = run_output(run_dir, inputs) if run_dir is not None else None
-    most = None if calib == RANDOM else chosen.samples + HELD_BACK
-    # Ids of all rows count, not only of those that decide.
-    corpus = load_calibration(calib, given) if "vocab" in chosen.passes and calib != RANDOM else None
-    data = _judged(load_calibration(calib if corpus is None else corpus, given, samples=most, seed=chosen.recipe.seed), chosen)
-    known = understand(given, chosen, examples(data), corpus)
-    decision = decide(known, data, chosen, progress)
+    decision = decide(*prepared(given, calib, chosen), chosen, progress)
     record = new_record(decision, chosen, started, command)
     if dry_run or (decision.already_met and not write_unpruned and not decision.plan.vocabularies):
         leave(folder, decision, record)
@@ -253,16 +248,16 @@ def prune(
     tell = progress or (lambda what, done, total: None)
     tell("verification", 0, 1)
     result = execute(decision.study.anatomy, decision.plan)
-    fidelity, comparison = _prove(decision, result, chosen, record)
+    fidelity, comparison = prove(decision, result, chosen, record)
     tell("verification", 1, 1)
-    failure = _missed(decision, chosen, record) or _gate(comparison, chosen, record)
+    failure = missed(decision, chosen, record) or over_limit(comparison, chosen, record)
     if failure and not keep_best:
         record["wall_s"] = round(time.time() - started, 2)
         leave(folder, decision, record)
         advice = "--keep-best writes it all the same; a larger --max-drop allows it, a higher target prunes less"
         raise failure(f"no model was written ({advice})")
     final = shipped(result, decision.plan)
-    written = _save(result, final, target_file, external_data, decision, chosen) if target_file is not None else None
+    written = save(result, final, target_file, external_data, decision, chosen) if target_file is not None else None
     measured = None
     if bench_seconds > 0 and not chosen.may_time(given):
         skip(record, "benchmark", f"{TOO_LARGE}; onnxprune bench compares the two files where memory holds both")
@@ -471,7 +466,12 @@ def _qualities(models: Mapping[str, Model], data: CalibrationData, options: Runt
 # --- one run -----------------------------------------------------------------------------------------------------------------------
 
 
-def _prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
+def prove(decision: Decision, result: Model, chosen: Settings, record: dict[str, Any]) -> tuple[Fidelity, Comparison]:
+    """Masked against sliced, searched against finished, and the result against the original; into ``record`` as well.
+
+    Raises:
+        GateError: two of them that must be equal are not.
+    """
     run(open_model(result, chosen.runtime), cut_feeds(result, decision.request))
     rows = decision.held_back.take(slice(0, _FIDELITY_ROWS))
     kept = {site: np.array(units, np.int64) for site, units in decision.plan.kept.items()}
@@ -529,6 +529,15 @@ def _losses(chain: Mapping[str, Model], decision: Decision, chosen: Settings, fi
     return {name: result.as_dict() for name, result in {**found, _final_name(decision): final}.items()}
 
 
+def prepared(given: Model, calib: Any, chosen: Settings) -> tuple[Study, CalibrationData]:
+    """The model understood and the rows to decide and to judge on."""
+    most = None if calib == RANDOM else chosen.samples + HELD_BACK
+    # Ids of all rows count, not only of those that decide.
+    corpus = load_calibration(calib, given) if "vocab" in chosen.passes and calib != RANDOM else None
+    data = _judged(load_calibration(calib if corpus is None else corpus, given, samples=most, seed=chosen.recipe.seed), chosen)
+    return understand(given, chosen, examples(data), corpus), data
+
+
 def _judged(data: CalibrationData, chosen: Settings) -> CalibrationData:
     """Random inputs say nothing about accuracy, so nothing may hang on them."""
     if data.origin == RANDOM and (chosen.max_drop is not None or chosen.target.auto):
@@ -539,7 +548,7 @@ def _judged(data: CalibrationData, chosen: Settings) -> CalibrationData:
 Failure = Callable[[str], GateError | TargetError]
 
 
-def _missed(decision: Decision, chosen: Settings, record: dict[str, Any]) -> Failure | None:
+def missed(decision: Decision, chosen: Settings, record: dict[str, Any]) -> Failure | None:
     """The search ran and its best model is still slower than asked for; or, with nothing asked for, slower than the file as given."""
     if decision.goal is None:
         return _slower(decision, record)
@@ -560,7 +569,8 @@ def _slower(decision: Decision, record: dict[str, Any]) -> Failure | None:
     return lambda advice: TargetError(f"{found}; {advice}", record)
 
 
-def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> Failure | None:
+def over_limit(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> Failure | None:
+    """What to raise if the loss is larger than allowed; the gate goes into ``record`` either way."""
     limit = chosen.max_drop if chosen.max_drop is not None else (0.01 if chosen.target.auto else None)
     if limit is None:
         return None
@@ -575,8 +585,12 @@ def _gate(comparison: Comparison, chosen: Settings, record: dict[str, Any]) -> F
     return lambda advice: GateError(f"{found}; {advice}", record)
 
 
-def _save(result: Model, final: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
-    """Write the model, then open the file in onnxruntime as a user will, and compare. ``result`` takes the ids of the file as given."""
+def save(result: Model, final: Model, target: Path, external_data: bool | None, decision: Decision, chosen: Settings) -> Path:
+    """Write the model, then open the file in onnxruntime as a user will, and compare. ``result`` takes the ids of the file as given.
+
+    Raises:
+        GateError: the file does not compute what the model does; it is removed.
+    """
     feeds = dict(cut_feeds(result, decision.request))
     expected = run(open_model(result, chosen.runtime), feeds)
     for words in decision.plan.vocabularies if final is not result else ():

@@ -33,8 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": _DECIDE,
     "record": _DECIDE | {"report"},
     "api": _DECIDE | _JUDGES | _RUN,
+    "nested": _DECIDE | _JUDGES | _RUN | {"api"},
     "export": {"errors", "graph", "runtime", "outputs"},
-    "cli": _DECIDE | _JUDGES | _RUN | {"api", "export"},
+    "cli": _DECIDE | _JUDGES | _RUN | {"api", "export", "nested"},
 }
 """Room -> rooms it may import besides itself; later rooms know earlier ones, never the other way round."""
 

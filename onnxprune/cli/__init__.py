@@ -12,6 +12,7 @@ from onnxprune.cli.apply import apply
 from onnxprune.cli.bench import bench
 from onnxprune.cli.doctor import doctor
 from onnxprune.cli.export import export
+from onnxprune.cli.family import family
 from onnxprune.cli.inspect import inspect
 from onnxprune.cli.options import SETTINGS, examples
 from onnxprune.cli.passes import passes
@@ -43,5 +44,5 @@ def main() -> None:
     """
 
 
-for command in (prune, inspect, plan, apply, verify, bench, export, passes, doctor, report):
+for command in (prune, family, inspect, plan, apply, verify, bench, export, passes, doctor, report):
     main.add_command(command)

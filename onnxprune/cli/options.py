@@ -144,7 +144,7 @@ external_data_option = option(
     help="Weights in OUT.data beside the file; auto does so above 1.9 GB.",
 )
 
-settings_options = stack(
+target_options = stack(
     # A value-less --target-latency means auto: as fast as the allowed loss permits.
     option(
         "--target-latency",
@@ -157,6 +157,8 @@ settings_options = stack(
     option("--target-macs", heading="What to reach", metavar="50%|300M", help="Multiply-adds of one request."),
     option("--target-params", heading="What to reach", metavar="50%|10M", help="Number of parameters."),
     option("--target-size", heading="What to reach", metavar="50%|40MB", help="Size of the file."),
+)
+deciding_options = stack(
     option(
         "--max-drop",
         heading="What to reach",
@@ -248,3 +250,4 @@ settings_options = stack(
     runtime_options,
     shape_option,
 )
+settings_options = stack(target_options, deciding_options)

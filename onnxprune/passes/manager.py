@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from onnxprune.passes.workbench import Progress, Scores, Student, dense_student,
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted, counted_costs, measured_costs, shipped_bytes
+from onnxprune.search.target import Target
 from onnxprune.verification import Comparison, Yardstick, compare
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,24 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     if not (study_.sites or study_.integers or study_.words.vocabularies or settings.target.auto):
         known = "name heads, ffn, channels, vocab or int8 as well"
         raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: {known}")
-    return _Search(study_, data, settings, progress).run()
+    return next(_Search(study_, data, settings, progress).run([settings.target]))
+
+
+def decide_nested(
+    study_: Study, data: CalibrationData, settings: Settings, targets: Sequence[Target], progress: Progress | None = None
+) -> Iterator[Decision]:
+    """Find a plan for every target, one after the other, on one measurement of costs; each keeps a part of what the one before kept.
+
+    Args:
+        targets: of one quantity, the largest first, none of them auto.
+
+    Raises:
+        TargetError: a target is below what any choice of units reaches; the ones before were yielded.
+        InputError: there are no units that could be nested.
+    """
+    if not study_.sites:
+        raise InputError(f"--passes {','.join(settings.passes)} removes no units, so there is nothing to nest: name heads, ffn or channels")
+    yield from _Search(study_, data, settings, progress).run(targets)
 
 
 class _Search:
@@ -108,9 +127,18 @@ class _Search:
             raise NothingPrunable(str(refusal))
         self.refusals = (*self.refusals, refusal)
 
-    def run(self) -> Decision:
-        target = self.settings.target
+    def run(self, targets: Sequence[Target]) -> Iterator[Decision]:
+        """A decision for every target, each beginning at the units that the one before kept."""
         tables, given = self._costs()
+        shipping, start = self.shipping, self.dense
+        for target in targets:
+            self.settings, self.shipping, self.trail = replace(self.settings, target=target), shipping, []
+            decision = self._towards(tables, given, start)
+            start = decision.student
+            yield decision
+
+    def _towards(self, tables: Tables, given: float, start: Student) -> Decision:
+        target = self.settings.target
         goal = None if target.auto else target.absolute(given)
         full = tables.floats.full
         if goal is not None and full <= goal:
@@ -124,7 +152,8 @@ class _Search:
             student, table, predicted, measured = self._quantise(tables, given, goal)
         else:
             table, first = self._precision(tables, given, goal)
-            student, table, predicted, measured = self._reach(table, given, goal, first, tables.floats if self.shipping.scheme else None)
+            shape = tables.floats if self.shipping.scheme else None
+            student, table, predicted, measured = self._reach(table, given, goal, start, first if start is self.dense else None, shape)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
 
     def _precision(self, tables: Tables, given: float, goal: float) -> tuple[CostTable, Scores | None]:
@@ -223,11 +252,12 @@ class _Search:
         )
 
     def _reach(
-        self, table: CostTable, given: float, goal: float, first: Scores | None, shape: CostTable | None
+        self, table: CostTable, given: float, goal: float, start: Student, first: Scores | None, shape: CostTable | None
     ) -> tuple[Student, CostTable, float, float]:
-        """Rounds to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
+        """Rounds from ``start`` to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
         error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
-        found = descend(self.bench, table, goal, self.bench.recipe.rounds, first=first, error=error, shape=shape)
+        rounds = self.bench.recipe.rounds
+        found = descend(self.bench, table, goal, rounds, start=start, first=first, error=error, shape=shape)
         if found is None:
             self._impossible(table, given, goal)
         student = found.student
@@ -247,9 +277,9 @@ class _Search:
             if miss <= _ANCHORED or attempt == _REPEATS:
                 break
             table = table.scaled(measured / predicted)
-            if rounds_to(table, goal, self.bench.recipe.rounds) > found.rounds > 0:
+            if rounds_to(table, goal, rounds, table.predict(start.counts)) > found.rounds > 0:
                 # So far off that one cut would be too deep: down again, in as many rounds as it takes.
-                found = descend(self.bench, table, goal, self.bench.recipe.rounds, first=first, error=error, shape=shape) or found
+                found = descend(self.bench, table, goal, rounds, start=start, first=first, error=error, shape=shape) or found
                 again: Student | None = found.student
             else:
                 again = self._again(found, table, goal) if found.scores.saliency else None

@@ -151,9 +151,9 @@ class Descent:
     rounds: int = 0
 
 
-def rounds_to(table: CostTable, budget: float, most: int) -> int:
-    """Rounds that lead to ``budget``: at most ``most``, fewer where none would remove a fifth of what can be."""
-    share = (budget - table.fixed) / max(table.full - table.fixed, 1e-30)
+def rounds_to(table: CostTable, budget: float, most: int, cost: float) -> int:
+    """Rounds that lead from ``cost`` to ``budget``: at most ``most``, fewer where none would remove a fifth of what can be."""
+    share = (budget - table.fixed) / max(cost - table.fixed, 1e-30)
     return min(most, max(1, math.ceil(math.log(max(share, 1e-9)) / math.log(_ROUND_SHARE))))
 
 
@@ -163,11 +163,12 @@ def descend(
     budget: float,
     rounds: int,
     *,
+    start: Student | None = None,
     first: Scores | None = None,
     error: Callable[[Model], float] | None = None,
     shape: CostTable | None = None,
 ) -> Descent | None:
-    """Rounds from the dense model to ``budget``; none if that needs nothing removed, None if the budget cannot be met.
+    """Rounds down to ``budget``; none if that needs nothing removed, None if the budget cannot be met.
 
     Saliencies of single units add up to less than their site is worth, and measured costs of small parts are noisy: the choice that looks
     best on paper often is not. Where there are others of the same cost (one that empties no site, one by another table's proportions),
@@ -175,20 +176,22 @@ def descend(
 
     Args:
         rounds: most rounds; fewer where none would remove a fifth of what can be.
-        first: scores of the dense model, if they are known.
+        start: where to begin, the dense model if None; only units that it keeps can stay.
+        first: scores of ``start``, if they are known.
         error: of a student against the original, on rows that judge; None trusts saliencies.
         shape: another table of the same sites, for a choice by its proportions.
     """
-    student = dense_student(bench.anatomy, bench.sites)
-    if table.full <= budget:
+    student = start or dense_student(bench.anatomy, bench.sites)
+    cost = table.predict(student.counts)
+    if cost <= budget:
         return Descent(student, student, Scores({}))
-    prunable = table.full - table.fixed
+    prunable = cost - table.fixed
     if not prunable:
         return None
     share = (budget - table.fixed) / prunable
     if share <= 0 and budget < table.floor:
         return None
-    rounds = rounds_to(table, budget, rounds)
+    rounds = rounds_to(table, budget, rounds, cost)
     tastes = [Taste()]
     if error is not None and table.unit == "ms":
         tastes += [Taste(spare=True)] + ([Taste(spare=True, shape=shape)] if shape is not None else [])

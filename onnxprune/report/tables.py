@@ -158,6 +158,24 @@ def benchmark_note(benchmark: Record) -> Text:
     )
 
 
+def family_table(manifest: Record, folder: Path) -> Table:
+    """The members of a family, the largest first."""
+    quality = [name for name in ("accuracy", "agreement", "kl", "cosine") if name in manifest["members"][0]]
+    table = _table(f"Models in {folder}", "target", "file", "reached", "latency", "speed-up", "size", "params", *quality)
+    for member in manifest["members"]:
+        table.add_row(
+            member["target"],
+            Text(member["file"]),
+            percent(member["measured"] / member["given"]),
+            "-" if member["latency_ms"] is None else milliseconds(member["latency_ms"]),
+            "-" if member["speedup"] is None else times(member["speedup"]),
+            size(member["bytes"]),
+            count(member["parameters"]),
+            *(figures(member[name], 2) if name == "kl" else percent(member[name]) for name in quality),
+        )
+    return table
+
+
 def quality_table(comparison: Record) -> Table:
     """A model against the original on the same samples."""
     table = _table(f"Quality on {comparison['samples']:,} samples (output {comparison['output']})", "", "value", "95% interval")
