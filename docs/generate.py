@@ -9,7 +9,15 @@ from pathlib import Path
 from onnxprune.refusals import CODES
 
 FOLDER = Path(__file__).parent
-FAMILIES = {"1": "Heads", "2": "Feed-forward neurons", "3": "Channels", "4": "int8", "5": "Vocabulary", "6": "Experts and hidden width"}
+FAMILIES = {
+    "1": "Heads",
+    "2": "Feed-forward neurons",
+    "3": "Channels",
+    "4": "int8",
+    "5": "Vocabulary",
+    "6": "Experts and hidden width",
+    "7": "Tokens",
+}
 
 
 def refusals() -> str:

@@ -229,5 +229,49 @@ CODES: dict[str, Code] = {
             "its experts (layers.0.mlp.experts.gate_up_proj) are chosen token by token, and their scores compete",
             "leave them; an expert that no token chooses costs memory, not time",
         ),
+        Code(
+            "OP701",
+            "opset too old for fewer tokens",
+            "Tokens are chosen and gathered by operators, and in forms of them, that opsets before 13 do not have.",
+            "the file is of opset 11; tokens can leave from opset 13 on",
+            "export with opset 13 or newer, or convert the file with onnx.version_converter",
+        ),
+        Code(
+            "OP702",
+            "no place where tokens can leave",
+            "Behind an attention of tokens among themselves there must be one tensor [batch, tokens, width] that all features pass "
+            "through. Caches, windows and skip connections around blocks leave none, and so does a network without attention.",
+            "no attention is followed by one tensor [batch, tokens, width] that all features pass through",
+            "leave tokens out; heads and ffn do not need it",
+        ),
+        Code(
+            "OP703",
+            "a row of the output for each token",
+            "Word and pixel labels, language models and hidden states are outputs per token: a token that left would have none.",
+            "output logits has a row for each token",
+            "export the network with its classifier or pooling, or prune heads and ffn",
+        ),
+        Code(
+            "OP704",
+            "tokens are told apart by their places",
+            "A window, a grid, a convolution or a fixed place that is read makes tokens more than a set, so that none can leave.",
+            "Reshape(/layers.0/Reshape_3) mixes tokens or picks them by their places",
+            "prune heads, ffn or channels instead",
+        ),
+        Code(
+            "OP705",
+            "something that meets the tokens cannot follow them",
+            "A mask or a table of positions is laid out in a way that cannot be gathered along with the tokens, or sizes are computed in "
+            "a form that cannot change.",
+            "val_160 holds positions, which a package of tokens does not have",
+            "choose another policy with --token-policy, or prune heads and ffn",
+        ),
+        Code(
+            "OP706",
+            "fewer tokens are not faster",
+            "Choosing tokens takes time as well: with few tokens, or few blocks behind the place where they leave, more than they take.",
+            "the best of 8 schedules runs at 0.98x of the speed with all tokens, for a request of 16 tokens",
+            "leave tokens out; longer texts and larger images gain more",
+        ),
     )
 }

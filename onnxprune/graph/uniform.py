@@ -10,12 +10,16 @@ from onnx import helper, numpy_helper
 
 from onnxprune.graph.view import GraphView
 
-_MOVING = frozenset({"Expand", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Slice", "Tile"})
+_MOVING = frozenset(
+    {"Expand", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Slice", "Tile", "Gather", "ReduceMax", "ReduceMin"}
+)
 """Operators whose result holds elements of their first operand and nothing else."""
 
 _ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "Add": np.add,
     "And": np.logical_and,
+    "Greater": np.greater,
+    "Max": np.maximum,
     "Mul": np.multiply,
     "Not": np.logical_not,
     "Or": np.logical_or,

@@ -1,0 +1,204 @@
+"""What becomes of tokens at one place: they leave, are packed into one, or merge with those that are like them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from onnx import TensorProto
+
+from onnxprune.graph.emitter import Emitter
+
+Policy = Literal["drop", "package", "merge"]
+POLICIES: tuple[Policy, ...] = ("drop", "package", "merge")
+
+GONE = 1e-30
+"""Size of a token that is not there: its logarithm is added to attention scores."""
+
+_END = 2**62
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens between two places.
+
+    ``count`` is their number, int64 [1]. ``index`` int64 [B, count]: where they were in the stretch before, None if they are no selection
+    of those. ``sizes`` float [B, count]: how many tokens each stands for, 0 for padding; None if all are one. ``weights``: the same for
+    means over tokens, where it always sums to the number of all. ``packaged``: the last one is a package.
+    """
+
+    count: str
+    index: str | None = None
+    sizes: str | None = None
+    weights: str | None = None
+    packaged: bool = False
+
+
+class Choice:
+    """Writes the operators of one place after the other.
+
+    Args:
+        leading: tokens in front that always stay.
+        known: number of tokens, if it is the same for all inputs.
+        count, batch: number of tokens and of samples, int64 [1].
+        real: 1 for tokens that are not padding, float [B, N]; None if all are.
+    """
+
+    def __init__(self, emitter: Emitter, leading: int, known: int | None, count: str, batch: str, real: str | None) -> None:
+        self.e, self.leading, self.known, self.batch, self.real = emitter, leading, known, batch, real
+        self.first = count
+        self.whole = emitter.op("Sub", count, emitter.int64([leading])) if leading else count
+
+    def select(self, features: str, scores: str, share: float, before: Stretch, package: bool) -> tuple[str, Stretch]:
+        """Keep the ``share`` of all tokens that scores highest; returns their features [B, K, C], and what they are.
+
+        Args:
+            scores: float [B, N].
+        """
+        e, lead = self.e, self.leading
+        total = e.op("Sub", before.count, e.int64([lead])) if lead else before.count
+        scores = self._behind(scores, before.count)
+        if before.packaged:  # what was packed once is packed again
+            packed = e.op("Sub", total, e.int64([1]))
+            last = e.array(np.array([0, 0, 0, 1], np.int64))
+            scores = e.op("Pad", e.slice(scores, 1, e.int64([0]), packed), last, e.array(np.array(-0.5, np.float32)))
+        chosen = self._select_fixed if self.real is None else self._select_real
+        return chosen(features, scores, share, before, package, total)
+
+    def _select_fixed(self, features: str, scores: str, share: float, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
+        """The same number of every sample."""
+        e, lead = self.e, self.leading
+        keep = self._kept(share)
+        order = self._shifted(e.ops(2, "TopK", scores, total if package else keep, axis=1)[1])
+        index = self._after_leading(e.slice(order, 1, e.int64([0]), keep) if package else order)
+        kept = self.take(features, index)
+        count = e.op("Add", keep, e.int64([lead + package]))
+        if not package:
+            each = e.op("Expand", e.op("Div", self._float(self.whole), self._float(keep)), keep)
+            ones = [e.array(np.ones(lead, np.float32))] if lead else []
+            return kept, Stretch(count, index, None, e.unsqueeze(e.op("Concat", *ones, each, axis=0), 0))
+        rest = e.slice(order, 1, keep, total)
+        sizes = before.sizes or self._ones(before.count)
+        leaving = self.take(sizes, rest)
+        packed, mass = self._packed(leaving, self.take(features, rest), kept)
+        made = e.op("Concat", self.take(sizes, index), mass, axis=1)
+        return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packaged=True)
+
+    def _select_real(self, features: str, scores: str, share: float, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
+        """Its share of real tokens of each sample: the batch has room for the longest, and shorter ones hide the rest."""
+        e, lead = self.e, self.leading
+        assert self.real is not None
+        sizes = before.sizes or self.real
+        tokens = e.reduce("ReduceSum", self._behind(self.real, self.first), [1], keepdims=True)
+        wanted = e.op("Max", self._share_of(tokens, share), self.number(1.0))
+        room = e.op("Cast", e.op("Reshape", e.reduce("ReduceMax", wanted, [0, 1], keepdims=False), e.int64([1])), to=TensorProto.INT64)
+        there = e.op("Greater", self._behind(sizes, before.count), self.number(0.0))
+        order = self._shifted(e.ops(2, "TopK", e.op("Where", there, scores, self.number(-1.0)), total, axis=1)[1])
+        ranks = e.op("Cast", self._range(total), to=TensorProto.FLOAT)
+        stays = e.op("Cast", e.op("Less", e.unsqueeze(ranks, 0), wanted), to=TensorProto.FLOAT)
+        ranked = self.take(sizes, order)
+        staying = e.op("Mul", ranked, stays)
+        index = self._after_leading(e.slice(order, 1, e.int64([0]), room))
+        kept = self.take(features, index)
+        remaining = e.slice(staying, 1, e.int64([0]), room)
+        count = e.op("Add", room, e.int64([lead + package]))
+        if not package:
+            each = e.op("Div", tokens, e.op("Max", e.reduce("ReduceSum", remaining, [1], keepdims=True), self.number(1.0)))
+            weights = self._with_leading(sizes, e.op("Mul", remaining, each))
+            return kept, Stretch(count, index, self._with_leading(sizes, remaining), weights)
+        packed, mass = self._packed(e.op("Sub", ranked, staying), self.take(features, order), kept)
+        made = e.op("Concat", self._with_leading(sizes, remaining), mass, axis=1)
+        return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packaged=True)
+
+    def _packed(self, sizes: str, features: str, kept: str) -> tuple[str, str]:
+        """Mean of features [B, R, C] by sizes [B, R]: float [B, 1, C], and the sum of sizes [B, 1].
+
+        Of nothing it is one of the features that are kept: what has no size is not seen, but it must have a norm.
+        """
+        e, trace = self.e, self.number(GONE)
+        mass = e.reduce("ReduceSum", sizes, [1], keepdims=True)
+        total = e.reduce("ReduceSum", e.op("Mul", features, e.unsqueeze(sizes, 2)), [1], keepdims=True)
+        some = e.op("Mul", e.slice(kept, 1, e.int64([0]), e.int64([1])), trace)
+        return e.op("Div", e.op("Add", total, some), e.unsqueeze(e.op("Add", mass, trace), 2)), mass
+
+    def merge(self, features: str, share: float, before: Stretch) -> tuple[str, Stretch]:
+        """Tokens belong in turn to two sets; those of the first that are most like one of the second join it (ToMe, Bolya et al., 2023).
+
+        Likeness is the cosine of features, which lost far less than that of keys.
+        """
+        e, lead = self.e, self.leading
+        total = e.op("Sub", before.count, e.int64([lead])) if lead else before.count
+        leaving = e.op("Sub", total, self._kept(share))
+        end, zero, two = e.int64([_END]), e.int64([0]), e.int64([2])
+        starts = e.int64([lead]), e.int64([lead + 1])
+        unit = e.op("Div", features, e.reduce("ReduceL2", features, [2], keepdims=True))
+        ours, theirs = (e.slice(unit, 1, start, end, 2) for start in starts)
+        best, nearest = e.ops(2, "TopK", e.op("MatMul", ours, e.transpose(theirs, [0, 2, 1])), e.int64([1]), axis=2)
+        first_set = e.op("Div", e.op("Add", total, e.int64([1])), two)
+        order = e.ops(2, "TopK", e.squeeze(best, 2), first_set, axis=1)[1]
+        joining, staying = e.slice(order, 1, zero, leaving), e.slice(order, 1, leaving, end)
+        # Sums of features, with their sizes as one more column, so that one product adds up both.
+        column = e.unsqueeze(before.sizes or self._ones(before.count), 2)
+        sums = e.op("Concat", features if before.sizes is None else e.op("Mul", features, column), column, axis=2)
+        first, second = (e.slice(sums, 1, start, end, 2) for start in starts)
+        slots = e.unsqueeze(self._range(e.op("Div", total, two)), 0, 2)
+        joins = e.op("Cast", e.op("Equal", e.transpose(self.take(nearest, joining), [0, 2, 1]), slots), to=TensorProto.FLOAT)
+        joined = e.op("Add", second, e.op("MatMul", joins, self.take(first, joining)))
+        leading = [e.slice(sums, 1, zero, e.int64([lead]))] if lead else []
+        result = e.op("Concat", *leading, self.take(first, staying), joined, axis=1)
+        mass = e.slice(result, 2, e.int64([-1]), end)
+        sizes = e.squeeze(mass, 2)
+        merged = e.op("Div", e.slice(result, 2, zero, e.int64([-1])), mass)
+        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, sizes)
+
+    # Small expressions.
+
+    def take(self, tensor: str, index: str) -> str:
+        """Rows of axis 1 of [B, N, ...] by int64 [B, K]."""
+        return self.e.op("GatherND", tensor, self.e.unsqueeze(index, 2), batch_dims=1)
+
+    def number(self, value: float) -> str:
+        return self.e.array(np.array(value, np.float32))
+
+    def _kept(self, share: float) -> str:
+        """How many tokens a share of all is, the leading ones not counted; at least one. int64 [1]."""
+        if self.known is not None:
+            return self.e.int64([max(int(np.ceil(share * (self.known - self.leading) - _ROUNDING)), 1)])
+        some = self._share_of(self._float(self.whole), share)
+        return self.e.op("Cast", self.e.op("Max", some, self.number(1.0)), to=TensorProto.INT64)
+
+    def _share_of(self, tokens: str, share: float) -> str:
+        return self.e.op("Ceil", self.e.op("Sub", self.e.op("Mul", tokens, self.number(share)), self.number(_ROUNDING)))
+
+    def _behind(self, tensor: str, count: str) -> str:
+        """Columns behind those of the leading tokens."""
+        return self.e.slice(tensor, 1, self.e.int64([self.leading]), count) if self.leading else tensor
+
+    def _shifted(self, order: str) -> str:
+        """Places among all tokens of places behind the leading ones."""
+        return self.e.op("Add", order, self.e.int64([self.leading])) if self.leading else order
+
+    def _after_leading(self, index: str) -> str:
+        if not self.leading:
+            return index
+        e = self.e
+        first = e.array(np.arange(self.leading, dtype=np.int64)[None])
+        return e.op("Concat", e.op("Expand", first, e.op("Concat", self.batch, e.int64([1]), axis=0)), index, axis=1)
+
+    def _with_leading(self, sizes: str, rest: str) -> str:
+        if not self.leading:
+            return rest
+        return self.e.op("Concat", self.e.slice(sizes, 1, self.e.int64([0]), self.e.int64([self.leading])), rest, axis=1)
+
+    def _ones(self, count: str) -> str:
+        one = self.e.array(np.ones((1, 1), np.float32))
+        return self.e.op("Expand", one, self.e.op("Concat", self.batch, count, axis=0))
+
+    def _range(self, count: str) -> str:
+        zero, one = (self.e.array(np.array(value, np.int64)) for value in (0, 1))
+        return self.e.op("Range", zero, self.e.squeeze(count, 0), one)
+
+    def _float(self, tensor: str) -> str:
+        return self.e.op("Cast", tensor, to=TensorProto.FLOAT)

@@ -1,0 +1,236 @@
+"""Fewer tokens against what they mean: all tokens, with those that left hidden from every attention behind the place."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from onnxprune.errors import Refusal
+from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.emitter import Emitter
+from onnxprune.graph.model import Model, load
+from onnxprune.graph.profile import Profile, synthetic_feeds, take_profile
+from onnxprune.graph.token_axis import TokenAxis, token_axis, values_behind
+from onnxprune.graph.token_cut import CannotCut, TokenCut, TokenPlan, cut_tokens, spelled_out, study_tokens
+from onnxprune.graph.token_policy import POLICIES, Policy
+from onnxprune.graph.view import GraphView
+from onnxprune.runtime.session import open_session, run
+from tests.architectures import exports
+
+IMAGES = [
+    ("vit", "do18-sdpa"),
+    ("vit", "ts14-eager"),
+    ("deit-teacher", "do18-eager"),
+    ("deit-teacher", "ts17-sdpa"),
+    ("dinov2", "do18-sdpa"),
+    ("dinov2", "do23-sdpa"),
+    ("clip-vision", "do18-sdpa"),
+]
+PLACED = [("beit", "do18-sdpa"), ("beit", "do23-sdpa")]
+TEXTS = [("bert", "do18-sdpa"), ("distilbert", "do18-eager"), ("electra", "ts17-sdpa")]
+
+
+def prepared(name: str, variant: str) -> tuple[Model, Profile, TokenAxis]:
+    model = spelled_out(canonicalise(load(exports.path(name, variant)))[0])
+    profile = take_profile(model)
+    axis = token_axis(GraphView(model), profile)
+    assert isinstance(axis, TokenAxis)
+    return model, profile, axis
+
+
+def plan_of(axis: TokenAxis, share: float, policy: Policy = "drop") -> TokenPlan:
+    return TokenPlan(policy, tuple(TokenCut(place.tensor, place.softmax.name, share) for place in axis.places))
+
+
+def with_hidden_keys(model: Model, profile: Profile, axis: TokenAxis) -> Model:
+    """An input ``hidden.i`` [B, N] for each place, added to the scores of keys behind it; the attention maps are outputs."""
+    emitter = Emitter(model, profile, prefix="test")
+    behind = [values_behind(emitter.view, [place.tensor]) for place in axis.places]
+    for node in emitter.view.nodes:
+        stretch = sum(node.index in part for part in behind)
+        if stretch and node.index in axis.attentions:
+            node.proto.input[0] = emitter.op("Add", node.proto.input[0], emitter.unsqueeze(f"hidden.{stretch - 1}", 1, 2))
+        emitter.nodes.append(node.proto)
+    proto = emitter.proto
+    del proto.graph.node[:], proto.graph.value_info[:]
+    proto.graph.node.extend(emitter.nodes)
+    for number in range(len(axis.places)):
+        proto.graph.input.append(helper.make_tensor_value_info(f"hidden.{number}", TensorProto.FLOAT, ["b", "n"]))
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(place.softmax.outputs[0]) for place in axis.places)
+    return emitter.model.with_proto(proto)
+
+
+def images(model: Model, rows: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {name: rng.standard_normal((rows, *array.shape[1:])).astype(np.float32) for name, array in synthetic_feeds(model).items()}
+
+
+@pytest.mark.parametrize(("name", "variant"), [item for item in IMAGES if item[0] != "dinov2"])
+def test_dropped_tokens_are_keys_that_nobody_sees(name: str, variant: str) -> None:
+    model, profile, axis = prepared(name, variant)
+    feeds, share = images(model), 0.6
+    assert axis.count is not None
+    keep = int(np.ceil(share * (axis.count - axis.leading)))
+    session = open_session(with_hidden_keys(model, profile, axis))
+    hidden = [np.zeros((3, axis.count), np.float32) for _ in axis.places]
+    there = np.ones((3, axis.count), bool)
+    for number, place in enumerate(axis.places):
+        maps = dict(zip([item.name for item in session.get_outputs()], run(session, {**feeds, **_named(hidden)}), strict=True))
+        score = maps[place.softmax.outputs[0]].reshape(3, -1, *maps[place.softmax.outputs[0]].shape[-2:])[:, :, : axis.leading].mean((1, 2))
+        score[~there] = -1
+        for row in range(3):
+            gone = np.argsort(-score[row, axis.leading :])[keep:] + axis.leading
+            there[row, gone] = False
+        for later in range(number, len(axis.places)):
+            hidden[later] = np.where(there, 0, -1e4).astype(np.float32)
+    expected = run(session, {**feeds, **_named(hidden)})[: len(model.output_names)]
+    actual = run(open_session(cut_tokens(model, plan_of(axis, share))), feeds)
+    for want, got in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+def _named(hidden: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"hidden.{number}": array for number, array in enumerate(hidden)}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("name", "variant"), [*IMAGES, *PLACED, *TEXTS])
+def test_nothing_changes_while_all_tokens_stay(name: str, variant: str, policy: Policy) -> None:
+    model, _, axis = prepared(name, variant)
+    feeds = synthetic_feeds(model)
+    if policy != "drop" and ((name, variant) in PLACED or (policy == "merge" and (name, variant) in TEXTS)):
+        with pytest.raises(CannotCut, match="positions"):
+            cut_tokens(model, plan_of(axis, 1.0, policy))
+        return
+    cut = cut_tokens(model, plan_of(axis, 1.0, policy))
+    for want, got in zip(run(open_session(model), feeds), run(open_session(cut), feeds), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("policy", ["drop", "package"])
+@pytest.mark.parametrize(("name", "variant"), TEXTS)
+def test_neither_padding_nor_other_rows_change_what_stays(name: str, variant: str, policy: Policy) -> None:
+    model, _, axis = prepared(name, variant)
+    session = open_session(cut_tokens(model, plan_of(axis, 0.5, policy)))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 30, (3, 24))
+    lengths = (9, 24, 17)
+    mask = (np.arange(24) < np.array(lengths)[:, None]).astype(np.int64)
+    feeds = {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids),
+        "position_ids": np.arange(24)[None] + 0 * ids,
+    }
+    feeds = {key: value for key, value in feeds.items() if key in model.input_names}
+    together = run(session, feeds)
+    for row, length in enumerate(lengths):
+        alone = run(session, {key: value[row : row + 1, :length] for key, value in feeds.items()})
+        for want, got in zip(alone, together, strict=True):
+            np.testing.assert_allclose(got[row : row + 1], want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_batches_give_what_single_images_give(policy: Policy) -> None:
+    model, _, axis = prepared("dinov2", "do18-sdpa")
+    session, feeds = open_session(cut_tokens(model, plan_of(axis, 0.5, policy))), images(model)
+    together = run(session, feeds)
+    for row in range(3):
+        alone = run(session, {key: value[row : row + 1] for key, value in feeds.items()})
+        for want, got in zip(alone, together, strict=True):
+            np.testing.assert_allclose(got[row : row + 1], want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "code"),
+    [
+        ("modernbert", "do18-sdpa", "OP703"),
+        ("swin", "do18-sdpa", "OP704"),
+        ("clip-text", "do18-sdpa", "OP704"),
+        ("gpt2-cache", "do18-sdpa", "OP702"),
+        ("mobilenet-v2", "do18-sdpa", "OP702"),
+    ],
+)
+def test_networks_that_cannot_lose_tokens_say_why(name: str, variant: str, code: str) -> None:
+    variant = (
+        variant if variant in exports.variants_of(exports.ARCHITECTURES[name]) else exports.variants_of(exports.ARCHITECTURES[name])[0]
+    )
+    found = study_tokens(canonicalise(load(exports.path(name, variant)))[0])
+    assert isinstance(found, Refusal)
+    assert found.code == code
+
+
+def test_a_plan_for_another_file_is_refused() -> None:
+    model, _, axis = prepared("vit", "do18-sdpa")
+    plan = TokenPlan("drop", (TokenCut("elsewhere", axis.places[0].softmax.name, 0.5),))
+    with pytest.raises(CannotCut, match="another file"):
+        cut_tokens(model, plan)
+
+
+TWO_BLOCKS = """
+<ir_version: 9, opset_import: ["": 18]>
+pooled (float[b, n, 6] x, float[6, 6] q, float[6, 6] k, float[6, 6] v, float[6, 3] w) => (float[b, 3] y) {
+  one = Constant <value_ints: ints = [1]> ()
+  q0 = MatMul (x, q)
+  k0 = MatMul (x, k)
+  kt0 = Transpose <perm = [0, 2, 1]> (k0)
+  s0 = MatMul (q0, kt0)
+  s0h = Unsqueeze (s0, one)
+  p0 = Softmax <axis = -1> (s0h)
+  v0 = MatMul (x, v)
+  v0h = Unsqueeze (v0, one)
+  c0h = MatMul (p0, v0h)
+  c0 = Squeeze (c0h, one)
+  h0 = Add (x, c0)
+  q1 = MatMul (h0, q)
+  k1 = MatMul (h0, k)
+  kt1 = Transpose <perm = [0, 2, 1]> (k1)
+  s1 = MatMul (q1, kt1)
+  s1h = Unsqueeze (s1, one)
+  p1 = Softmax <axis = -1> (s1h)
+  v1 = MatMul (h0, v)
+  v1h = Unsqueeze (v1, one)
+  c1h = MatMul (p1, v1h)
+  c1 = Squeeze (c1h, one)
+  h1 = Add (h0, c1)
+  m = ReduceMean <keepdims = 0> (h1, one)
+  y = MatMul (m, w)
+}
+"""
+
+
+def two_blocks() -> Model:
+    proto = onnx.parser.parse_model(TWO_BLOCKS)
+    rng = np.random.default_rng(0)
+    weights = [value for value in proto.graph.input if value.name != "x"]
+    for value in weights:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 2, value.name))
+        proto.graph.input.remove(value)
+    return canonicalise(load(proto))[0]
+
+
+@pytest.mark.parametrize(("policy", "repeats"), [("merge", 2), ("package", 8)])
+def test_tokens_that_are_the_same_lose_nothing_by_becoming_one(policy: Policy, repeats: int) -> None:
+    """In attention by the logarithm of their size, in the mean by their weight."""
+    model = two_blocks()
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    assert axis.pools
+    x = np.repeat(np.random.default_rng(1).standard_normal((2, 8 // repeats, 6)).astype(np.float32), repeats, axis=1)
+    cut = cut_tokens(model, plan_of(axis, 0.5, policy))
+    (want,), (got,) = run(open_session(model), {"x": x}), run(open_session(cut), {"x": x})
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    (want,), (got,) = (run(open_session(item), {"x": x[:, ::-1].cumsum(1, dtype=np.float32)}) for item in (model, cut))
+    assert np.abs(got - want).max() > 1e-4  # others do lose something
+
+
+def test_a_mean_counts_dropped_tokens_as_if_they_were_like_those_that_stay() -> None:
+    model = two_blocks()
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    x = np.repeat(np.random.default_rng(1).standard_normal((2, 1, 6)).astype(np.float32), 8, axis=1)
+    (want,), (got,) = (run(open_session(item), {"x": x}) for item in (model, cut_tokens(model, plan_of(axis, 0.5))))
+    np.testing.assert_allclose(got, want, atol=1e-5)
