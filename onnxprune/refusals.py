@@ -35,6 +35,13 @@ _NO_RESIDUAL = (
     "pooler or the classifier behind the layers."
 )
 
+_OTHER_OUTPUT = (
+    "The output whose quality is kept does not depend on it, as in a model of two towers with an output each. Nothing would tell what the "
+    "other output loses, so all of it would go."
+)
+_OTHER_REASON = "output text_embeds, which is to be preserved, does not depend on it"
+_CHOOSE_OUTPUT = "name the other output with --output to prune what leads to it, in a run of its own"
+
 CODES: dict[str, Code] = {
     entry.code: entry
     for entry in (
@@ -104,6 +111,7 @@ CODES: dict[str, Code] = {
             "values: its weight v.weight is read in several places",
             "leave it; heads and ffn cut such layers together",
         ),
+        Code("OP110", "heads of another output", _OTHER_OUTPUT, _OTHER_REASON, _CHOOSE_OUTPUT),
         Code(
             "OP201",
             "neurons cannot be followed",
@@ -134,6 +142,7 @@ CODES: dict[str, Code] = {
             "the weights of its neurons (layers.0.mlp.experts.gate_up_proj) are gathered for every token",
             "leave them; heads, int4 and fp16 work beside experts",
         ),
+        Code("OP206", "neurons of another output", _OTHER_OUTPUT, _OTHER_REASON, _CHOOSE_OUTPUT),
         Code(
             "OP301",
             "channels cannot be followed",
@@ -163,6 +172,7 @@ CODES: dict[str, Code] = {
             "its weight conv1.weight_dequantized is computed by DequantizeLinear, not a float initializer",
             _FLOAT_FIRST,
         ),
+        Code("OP305", "channels of another output", _OTHER_OUTPUT, _OTHER_REASON, _CHOOSE_OUTPUT),
         Code(
             "OP401",
             "int8 is not faster",

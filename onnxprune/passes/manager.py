@@ -27,7 +27,7 @@ from onnxprune.passes.depth import with_turned_heads
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import Descent, cut, descend, rounds_to, score
-from onnxprune.passes.scope import Settings, Study
+from onnxprune.passes.scope import Settings, Study, leading_to
 from onnxprune.passes.shipping import Shipping, choose_shipping
 from onnxprune.passes.workbench import Progress, Scores, Student, dense_student, set_up
 from onnxprune.request import examples, request_feeds
@@ -91,7 +91,7 @@ class _Search:
         check_loss(self.objective, data, settings.loss)
         check_labels_of(self.objective, data)
         self.calibration, self.held_back = split(data, settings)
-        self.study = study_ = with_turned_heads(study_, self.calibration, settings.runtime)
+        self.study = study_ = with_turned_heads(leading_to(study_, self.objective), self.calibration, settings.runtime)
         # What is chosen by looking at some rows must be reported on others.
         middle = self._judging_rows(len(self.held_back))
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.objective import LossSource, Purpose
+from onnxprune.calibration.objective import LossSource, Objective, Purpose
 from onnxprune.errors import InputError, NothingPrunable, Refusal
 from onnxprune.graph.anatomy import Anatomy, Site, study
 from onnxprune.graph.canonical import canonicalise, check_float
@@ -117,6 +117,23 @@ def understand(
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
     return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words)
 
+
+def leading_to(study_: Study, objective: Objective) -> Study:
+    """The study with the sites on which the preserved output depends; others are refused, as nothing would speak for them.
+
+    Raises:
+        NothingPrunable: none of the sites leads there.
+    """
+    behind = study_.anatomy.view.ancestors([objective.tensor])
+    sites = tuple(site for site in study_.sites if any(consumer.leaf.node.index in behind for consumer in site.consumers))
+    reason = f"output {objective.output}, which is to be preserved, does not depend on it"
+    others = tuple(Refusal(_OTHER_OUTPUT.get(site.kind, "OP110"), site.name, reason) for site in study_.sites if site not in sites)
+    if others and not sites:
+        raise NothingPrunable("\n  ".join([f"nothing to prune leads to output {objective.output}:", *map(str, others)]))
+    return replace(study_, sites=sites, refusals=(*study_.refusals, *others))
+
+
+_OTHER_OUTPUT = {"ffn": "OP206", "channels": "OP305"}
 
 _KINDS: Mapping[str, set[str]] = {"1": {"heads", *DEPTHS}, "2": {"ffn"}, "3": {"channels"}}
 """Width passes by the first digit of their refusals."""

@@ -160,7 +160,7 @@ def emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
             f"tap {tap.name!r} has {len(tap.labels)} labels for axis {tap.axis} of {tap.tensor!r}, whose shape is {list(dims[0])}; "
             "labels must cover an axis other than the first"
         )
-    sample = _sample_input(tape)
+    sample = _sample_input(tape, tap.tensor)
     batches = (tape.dims(sample)[0][0], tape.dims(sample)[1][0])
     batch = tape.op("Gather", tape.shape_of(sample), tape.int64([0]), axis=0)
     if adjoint is None:
@@ -177,9 +177,10 @@ def emit_tap(tape: Tape, tap: Tap, adjoint: str | None) -> None:
     _by_unit(tape, tap, total, output)
 
 
-def _sample_input(tape: Tape) -> str:
-    """A graph input whose leading axis counts the samples."""
-    for name in tape.model.input_names:
+def _sample_input(tape: Tape, tensor: str) -> str:
+    """A graph input whose leading axis counts the samples: one that ``tensor`` is computed from, as two towers have a batch each."""
+    read = {name for index in tape.view.ancestors([tensor]) for name in tape.view.nodes[index].inputs}
+    for name in sorted(tape.model.input_names, key=lambda name: name not in read):
         if len(tape.dims(name)[0]) > 0:
             return name
     raise InputError("no input of the model has a sample axis, so gradients cannot be told apart by sample")
