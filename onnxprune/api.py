@@ -29,6 +29,7 @@ from onnxprune.graph.paged import open_model
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of, take_profile
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
+from onnxprune.graph.token_policy import POLICIES
 from onnxprune.graph.turning import turned
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.importance.registry import CRITERIA
@@ -39,6 +40,7 @@ from onnxprune.passes.decision import HELD_BACK, Decision
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.manager import MISS, decide
 from onnxprune.passes.scope import Settings, Study, understand
+from onnxprune.passes.tokens import TokenPolicy
 from onnxprune.passes.workbench import Progress, Recipe, dense_student
 from onnxprune.record import TOO_LARGE, leave, model_facts, new_record, skip
 from onnxprune.request import examples, made_up, request_feeds
@@ -104,6 +106,7 @@ def settings(
     int8: Int8Choice = "auto",
     keep_ids: str | os.PathLike[str] | None = None,
     vocab_map: VocabMap = "graph",
+    token_policy: TokenPolicy = "auto",
     uniform: bool = False,
 ) -> Settings:
     """Check options and put them into one value.
@@ -133,6 +136,12 @@ def settings(
         raise InputError(f"unknown place of the vocabulary map {vocab_map!r}; known: graph, file")
     if (keep_ids is not None or vocab_map != "graph") and "vocab" not in passes:
         raise InputError(f"--keep-ids and --vocab-map say how, but vocab is not among the passes: --passes {','.join((*passes, 'vocab'))}")
+    if token_policy not in ("auto", *POLICIES):
+        raise InputError(f"unknown token policy {token_policy!r}; known: auto, {', '.join(POLICIES)}")
+    if token_policy != "auto" and "tokens" not in passes:
+        raise InputError(
+            f"--token-policy {token_policy} says how, but tokens is not among the passes: --passes {','.join((*passes, 'tokens'))}"
+        )
     if int8 != "auto" and "int8" not in passes:
         raise InputError(f"--int8 {int8} says how, but int8 is not among the passes; add it: --passes {','.join((*passes, 'int8'))}")
     return Settings(
@@ -152,6 +161,7 @@ def settings(
         int8=int8,
         keep_ids=Path(keep_ids) if keep_ids is not None else None,
         vocab_map=vocab_map,
+        token_policy=token_policy,
     )
 
 
@@ -490,8 +500,9 @@ def prove(decision: Decision, result: Model, chosen: Settings, record: dict[str,
 
 
 def _same(decision: Decision, rows: CalibrationData, chosen: Settings) -> None:
-    """In float, the finished model computes what the search judged: finishing and replaying the plan changed nothing."""
-    in_float = execute(decision.study.anatomy, replace(decision.plan, rewrites=exact(decision.plan.rewrites), int8=None))
+    """In float, with all tokens, the finished model computes what the search judged: finishing and replaying the plan changed nothing."""
+    plan = replace(decision.plan, rewrites=exact(decision.plan.rewrites), int8=None, tokens=None)
+    in_float = execute(decision.study.anatomy, plan)
     judged = stream(decision.student.model, rows, [decision.objective.output], options=chosen.runtime)
     finished = stream(in_float, rows, [decision.objective.output], options=chosen.runtime)
     for (_, a), (_, b) in zip(judged, finished, strict=True):
@@ -501,10 +512,11 @@ def _same(decision: Decision, rows: CalibrationData, chosen: Settings) -> None:
 
 
 def _final_name(decision: Decision) -> str:
-    """What the benchmark calls the model that is shipped: "pruned + int8", "pruned", "int8", "fewer words", "finished copy"."""
-    pruned = any(decision.plan.removed.values())
-    numbers = [name for name in decision.plan.rewrites if name not in exact(decision.plan.rewrites)]
-    return " + ".join((["pruned"] if pruned else []) + numbers) or ("fewer words" if decision.plan.vocabularies else "finished copy")
+    """What the benchmark calls the model that is shipped: "pruned + tokens + int8", "int8", "fewer words", "finished copy"."""
+    parts = ["pruned"] if any(decision.plan.removed.values()) else []
+    parts += ["tokens"] if decision.plan.tokens is not None else []
+    parts += [name for name in decision.plan.rewrites if name not in exact(decision.plan.rewrites)]
+    return " + ".join(parts) or ("fewer words" if decision.plan.vocabularies else "finished copy")
 
 
 def _chain(decision: Decision) -> dict[str, Model]:
@@ -512,10 +524,13 @@ def _chain(decision: Decision) -> dict[str, Model]:
     anatomy, plan = decision.study.anatomy, decision.plan
     rewrites = exact(plan.rewrites)
     steps = {"finished original": finish(decision.study.whole, rewrites)}
-    if plan.rewrites != rewrites and any(plan.removed.values()):
+    pruned = any(plan.removed.values())
+    if (plan.rewrites != rewrites or plan.tokens is not None) and pruned:
         if plan.int8 is not None:
-            steps["int8"] = decision.shipping.final(dense_student(anatomy, decision.study.sites))
-        steps["pruned"] = execute(anatomy, replace(plan, rewrites=rewrites, int8=None))
+            steps["int8"] = replace(decision.shipping, tokens=None).final(dense_student(anatomy, decision.study.sites))
+        steps["pruned"] = execute(anatomy, replace(plan, rewrites=rewrites, int8=None, tokens=None))
+    if plan.rewrites != rewrites and plan.tokens is not None:
+        steps["pruned + tokens" if pruned else "tokens"] = execute(anatomy, replace(plan, rewrites=rewrites, int8=None))
     return steps
 
 

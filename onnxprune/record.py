@@ -96,6 +96,10 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             "map": decision.study.words.place,
             "tables": [covered.as_dict() for covered in decision.study.words.coverage],
         },
+        "tokens": {
+            "chosen": None if decision.plan.tokens is None else decision.plan.tokens.as_dict(),
+            "schedules": [schedule.as_dict() for schedule in decision.shipping.schedules],
+        },
         "int8": {
             "scheme": str(decision.shipping.scheme) if decision.plan.int8 else None,
             "trials": [trial.as_dict() for trial in decision.shipping.trials],

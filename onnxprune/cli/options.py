@@ -211,6 +211,14 @@ deciding_options = stack(
         show_default=True,
         help="Who maps token ids to the rows that the vocab pass keeps: the model, or your tokenizer by OUT.vocab.json.",
     ),
+    option(
+        "--token-policy",
+        heading="What to prune",
+        type=click.Choice(["auto", "drop", "package", "merge"]),
+        default="auto",
+        show_default=True,
+        help="What becomes of tokens that the tokens pass takes out: nothing, one token of their mean, or part of the most similar one.",
+    ),
     output_name_option,
     purpose_option,
     option(

@@ -39,11 +39,15 @@ class CannotCut(InputError):
 
 @dataclass(frozen=True)
 class TokenCut:
-    """At the tensor ``place``, behind the attention of the Softmax node ``softmax``, ``share`` of all tokens of a sample stay."""
+    """At the tensor ``place``, behind the attention of the Softmax node ``softmax``, ``share`` of all tokens of a sample stay.
+
+    ``block`` counts the places, from 0.
+    """
 
     place: str
     softmax: str
     share: float
+    block: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class TokenPlan:
 
     policy: Policy
     cuts: tuple[TokenCut, ...]
+
+    def describe(self) -> str:
+        """``70% stay behind attention 2, 49% behind 3``."""
+        first, *rest = (f"{100 * cut.share:.0f}%{{}} behind {{}}{cut.block}" for cut in self.cuts)
+        return ", ".join([first.format(" stay", "attention "), *(other.format("", "") for other in rest)])
 
     def as_dict(self) -> dict[str, Any]:
         return {"policy": self.policy, "cuts": [vars(cut) for cut in self.cuts]}
@@ -75,6 +84,15 @@ def study_tokens(model: Model) -> TokenAxis | Refusal:
     """Where tokens of a canonical model can leave, its attention spelled out."""
     plain = spelled_out(model)
     return token_axis(GraphView(plain), take_profile(plain))
+
+
+def present_in(model: Model, plan: TokenPlan) -> TokenPlan:
+    """The cuts whose attention a model has: one that lost all heads tells nothing about tokens."""
+    axis = study_tokens(model) if plan.cuts else None
+    if axis is None or isinstance(axis, Refusal):
+        return TokenPlan(plan.policy, ())
+    there = {(place.tensor, place.softmax.name) for place in axis.places}
+    return TokenPlan(plan.policy, tuple(cut for cut in plan.cuts if (cut.place, cut.softmax) in there))
 
 
 def cut_tokens(model: Model, plan: TokenPlan) -> Model:

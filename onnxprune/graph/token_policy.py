@@ -126,12 +126,12 @@ class Choice:
     def merge(self, features: str, share: float, before: Stretch) -> tuple[str, Stretch]:
         """Tokens belong in turn to two sets; those of the first that are most like one of the second join it (ToMe, Bolya et al., 2023).
 
-        Likeness is the cosine of features, which lost far less than that of keys.
+        Likeness is the cosine of features, which lost far less than that of keys. At most half of the tokens merge at one place.
         """
         e, lead = self.e, self.leading
         total = e.op("Sub", before.count, e.int64([lead])) if lead else before.count
-        leaving = e.op("Sub", total, self._kept(share))
         end, zero, two = e.int64([_END]), e.int64([0]), e.int64([2])
+        leaving = e.op("Sub", total, e.op("Max", self._kept(share), e.op("Div", total, two)))
         starts = e.int64([lead]), e.int64([lead + 1])
         unit = e.op("Div", features, e.reduce("ReduceL2", features, [2], keepdims=True))
         ours, theirs = (e.slice(unit, 1, start, end, 2) for start in starts)

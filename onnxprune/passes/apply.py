@@ -14,6 +14,7 @@ from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.integer import to_int8
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import slice_model
+from onnxprune.graph.token_cut import cut_tokens
 from onnxprune.graph.view import GraphView
 from onnxprune.graph.vocabulary import without_map
 from onnxprune.passes.base import RewritePass, select
@@ -59,7 +60,9 @@ def execute(anatomy: Anatomy, plan: Plan) -> Model:
             found = units.get(site, "no such site")
             raise InputError(f"the plan expects {count} units at {site}, the model has {found}; it was made for another file")
     kept = {site: np.array(indices, np.int64) for site, indices in plan.kept.items()}
-    model = finish(install(slice_model(anatomy, kept), plan.changes), plan.rewrites, plan.int8)
+    model = install(slice_model(anatomy, kept), plan.changes)
+    model = model if plan.tokens is None else cut_tokens(model, plan.tokens)
+    model = finish(model, plan.rewrites, plan.int8)
     return _stamp(model, plan)
 
 

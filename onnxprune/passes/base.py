@@ -1,8 +1,8 @@
 """What a pass is.
 
-A width pass offers sites to the one search, the integer pass decides which products compute in int8, the vocabulary pass cuts word tables
-before anything else is decided, and a rewrite pass changes the finished graph: exact ones keep its meaning, the others compute it in other
-numbers.
+A width pass offers sites to the one search, the integer pass decides which products compute in int8, the token pass lets tokens leave
+between blocks, the vocabulary pass cuts word tables before anything else is decided, and a rewrite pass changes the finished graph: exact
+ones keep its meaning, the others compute it in other numbers.
 """
 
 from __future__ import annotations
@@ -78,7 +78,18 @@ class VocabularyPass:
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
 
 
-Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass
+@dataclass(frozen=True)
+class TokenPass:
+    """Lets tokens leave behind attentions; how many where is decided by measurement and stands in the plan."""
+
+    name: str
+    summary: str
+    detail: str
+    kind: str = "tokens"
+    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
+
+
+Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass | TokenPass
 
 
 @cache
@@ -90,9 +101,10 @@ def registry() -> Mapping[str, Pass]:
     from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
     from onnxprune.passes.heads import HEADS
     from onnxprune.passes.numbers import FP16, INT4, INT8
+    from onnxprune.passes.tokens import TOKENS
     from onnxprune.passes.vocab import VOCAB
 
-    built_in = (HEADS, FFN, CHANNELS, QK, VO, INT8, INT4, FP16, VOCAB, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    built_in = (HEADS, FFN, CHANNELS, QK, VO, TOKENS, INT8, INT4, FP16, VOCAB, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()

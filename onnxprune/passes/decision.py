@@ -85,6 +85,7 @@ def write_plan(
         int8=shipping.final_form(student),
         vocabularies=study.words.vocabularies,
         vocab_map=study.words.place,
+        tokens=shipping.tokens_of(student),
         example=dict(example),
         changes=student.changes,
         bases=study.bases,

@@ -20,6 +20,7 @@ from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.profile import shapes_of
+from onnxprune.graph.slicing import Kept
 from onnxprune.passes.base import exact
 from onnxprune.passes.choice import choose, offers_of
 from onnxprune.passes.decision import Decision, split, write_plan
@@ -29,6 +30,7 @@ from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import Descent, cut, descend, rounds_to, score
 from onnxprune.passes.scope import Settings, Study, leading_to
 from onnxprune.passes.shipping import Shipping, choose_shipping
+from onnxprune.passes.tokens import Schedule, best_schedule, choose_schedules
 from onnxprune.passes.workbench import Progress, Scores, Student, dense_student, set_up
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
@@ -59,8 +61,8 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     Raises:
         TargetError: the target is below what any choice of units reaches.
     """
-    if not (study_.sites or study_.integers or study_.words.vocabularies or settings.target.auto):
-        known = "name heads, ffn, channels, vocab or int8 as well"
+    if not (study_.sites or study_.integers or study_.tokens or study_.words.vocabularies or settings.target.auto):
+        known = "name heads, ffn, channels, tokens, vocab or int8 as well"
         raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: {known}")
     return next(_Search(study_, data, settings, progress).run([settings.target]))
 
@@ -111,21 +113,45 @@ class _Search:
         )
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
+        self._known_scores: Scores | None = None
         self.refusals = study_.refusals
         self.shipping, refusal = choose_shipping(study_, self.bench, self.objective, self.calibration, self.judges, self.request, settings)
         if refusal:
-            self._refuse(refusal)
+            self.refusals = (*self.refusals, refusal)
+        if study_.tokens:
+            self.shipping = replace(self.shipping, schedules=self._schedules())
+        if (
+            not (study_.sites or study_.rewrites or study_.words.vocabularies or self.shipping.scheme or self.shipping.schedules)
+            and self.refusals
+        ):
+            raise NothingPrunable("\n  ".join(map(str, self.refusals)))
+
+    def _schedules(self) -> tuple[Schedule, ...]:
+        """How tokens may leave, from slow to fast."""
+        settings = self.settings
+        if _UNITS[settings.target.quantity] != "ms":
+            asked = {"macs": "multiply-adds", "params": "parameters", "size": "bytes"}[settings.target.quantity]
+            raise InputError(f"fewer tokens save time, not {asked}: give --target-latency, or no target and --max-drop")
+        found = choose_schedules(
+            self.study.anatomy.model,
+            self.shipping.rewrites,
+            Yardstick(self.study.given, self.judges.take(slice(0, _JUDGES)), self.objective, settings.runtime),
+            self.request,
+            settings.runtime,
+            policy=settings.token_policy,
+            seed=settings.recipe.seed,
+            progress=self.bench.report("token schedules"),
+        )
+        if isinstance(found, Refusal):
+            self.refusals = (*self.refusals, found)
+            return ()
+        return found
 
     def _judging_rows(self, held: int) -> int:
         if self.settings.target.auto:
             return held // 2
         timed = _UNITS[self.settings.target.quantity] == "ms"
         return max(min(held // 4, _JUDGES), 1) if (self.study.integers or timed) and held > 1 else 0
-
-    def _refuse(self, refusal: Refusal) -> None:
-        if not (self.study.sites or self.study.rewrites or self.study.words.vocabularies):
-            raise NothingPrunable(str(refusal))
-        self.refusals = (*self.refusals, refusal)
 
     def run(self, targets: Sequence[Target]) -> Iterator[Decision]:
         """A decision for every target, each beginning at the units that the one before kept."""
@@ -144,7 +170,10 @@ class _Search:
         if goal is not None and full <= goal:
             self.shipping = self.shipping.in_float()
             return self._decision(self.dense, tables.floats, given, full, goal, full, full, already_met=True)
-        if goal is not None and min(tables.floats.floor, tables.integers.floor) > goal:
+        if self.shipping.schedules:
+            tables = self._leave_tokens(tables, given, goal)
+        lowest = goal * (1 if self.study.sites else 1 + MISS) if goal is not None else 0.0
+        if goal is not None and min(tables.floats.floor, tables.integers.floor) > lowest:
             self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
         if goal is None:
             student, table, predicted, measured = self._auto(tables, given)
@@ -156,17 +185,63 @@ class _Search:
             student, table, predicted, measured = self._reach(table, given, goal, start, first if start is self.dense else None, shape)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
 
+    def _leave_tokens(self, tables: Tables, given: float, goal: float | None) -> Tables:
+        """Decide how tokens leave, and measure anew what everything else costs then."""
+        if goal is None:
+            limit = self._limit / 2  # the other half is for widths
+            fits = (
+                schedule for schedule in reversed(self.shipping.schedules) if self.judge(self.dense, self.judges, schedule).loss[1] <= limit
+            )
+            chosen = next(fits, None)
+        elif self.study.sites:
+            chosen = self._best_schedule(tables, goal)
+        else:
+            chosen = self._fast_enough(min(tables.floats.full, tables.integers.full), given, goal)
+        if chosen is None:
+            return tables
+        log.info("tokens: %s", chosen.as_dict())
+        self.shipping = self.shipping.with_tokens(chosen.plan)
+        after, again = self._costs()
+        return after.scaled(given / again)
+
+    def _best_schedule(self, tables: Tables, goal: float) -> Schedule | None:
+        """By what widths would lose beside it."""
+        table = tables.integers if self.shipping.scheme else tables.floats
+        scores = self._first_scores()
+        factor = self._error_of_saliency(table, goal, scores)
+
+        def error_of_widths(share: float) -> float | None:
+            kept = choose(self.bench, self.dense, scores, table, goal / share)
+            return None if kept is None else factor * self._lost(scores, kept)
+
+        return best_schedule(self.shipping.schedules, error_of_widths)
+
+    def _fast_enough(self, full: float, given: float, goal: float) -> Schedule:
+        """The slowest schedule that is measured to meet the goal, or the fastest one."""
+        for schedule in self.shipping.schedules:
+            if full * schedule.share <= goal:
+                model = self.shipping.with_tokens(schedule.plan)
+                if self.shipping.scheme is not None or self._measure(self.dense, given, model) <= goal:
+                    return schedule
+        return self.shipping.schedules[-1]
+
+    def _first_scores(self) -> Scores:
+        """Scores of the dense model."""
+        if self._known_scores is None:
+            self._known_scores = score(self.bench, self.dense, 1)
+        return self._known_scores
+
     def _precision(self, tables: Tables, given: float, goal: float) -> tuple[CostTable, Scores | None]:
         """Decide which products compute in integers for this goal; the table that follows, and the scores it took."""
         if self.shipping.scheme is None:
-            return tables.floats, None
+            return tables.floats, self._known_scores
         if tables.integers.unit != "ms":
             return tables.integers, None
         tables = tables.plausible()
         groups = self.shipping.groups
         scores, factor = None, 0.0
         if self.bench.sites:
-            scores = score(self.bench, self.dense, 1)
+            scores = self._first_scores()
             factor = self._error_of_saliency(tables.integers, goal, scores)
         found = offers_of(self.bench, scores, timed=True) if scores else {}
         offers = {name: (kept, factor * lost) for name, (kept, lost) in found.items()}
@@ -197,12 +272,14 @@ class _Search:
         budget = min(goal, table.fixed + _TRIAL_SHARE * (table.full - table.fixed))
         kept = choose(self.bench, self.dense, scores, table, max(budget, table.floor))
         assert kept is not None
-        lost = sum(
-            float(scores.saliency[site.name][np.setdiff1d(np.arange(site.units), kept[site.name])].sum()) for site in self.bench.sites
-        )
         trial = cut(self.bench, kept)
         yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
-        return yardstick(trial.model) / max(lost, 1e-30)
+        return yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
+
+    def _lost(self, scores: Scores, kept: Kept) -> float:
+        """Saliency of what ``kept`` leaves out."""
+        found = (scores.saliency[site.name][np.setdiff1d(np.arange(site.units), kept[site.name])].sum() for site in self.bench.sites)
+        return float(sum(found))
 
     def _impossible(self, table: CostTable, given: float, goal: float) -> NoReturn:
         words = {"ms": "ms", "macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}[table.unit]
@@ -296,7 +373,7 @@ class _Search:
 
     def _auto(self, tables: Tables, given: float) -> tuple[Student, CostTable, float, float]:
         """Go down in steps while the judging rows allow it, then half a step more; step back if the other held-back rows disagree."""
-        limit = self.settings.max_drop if self.settings.max_drop is not None else 0.01
+        limit = self._limit
         student, share = self.dense, 1.0
         passed: list[Student] = [student] if self._integers_within(student, limit) or not self.bench.sites else []
         # Which products stay in float is settled now, and with it what everything costs.
@@ -341,7 +418,7 @@ class _Search:
             if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
                 return True
         reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"
-        self._refuse(Refusal("OP402", "int8", reason))
+        self.refusals = (*self.refusals, Refusal("OP402", "int8", reason))
         self.shipping = self.shipping.in_float()
         return False
 
@@ -364,13 +441,18 @@ class _Search:
         self._note(step, student, predicted, None, **{name: loss, "expected drop": expected})
         return max(loss, expected) <= limit
 
-    def judge(self, student: Student, rows: CalibrationData) -> Comparison:
-        settings = self.settings
-        return compare(self.study.given, self.shipping.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
+    @property
+    def _limit(self) -> float:
+        return self.settings.max_drop if self.settings.max_drop is not None else 0.01
 
-    def _measure(self, student: Student, given: float) -> float:
+    def judge(self, student: Student, rows: CalibrationData, schedule: Schedule | None = None) -> Comparison:
+        settings = self.settings
+        shipping = self.shipping if schedule is None else self.shipping.with_tokens(schedule.plan)
+        return compare(self.study.given, shipping.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
+
+    def _measure(self, student: Student, given: float, shipping: Shipping | None = None) -> float:
         """Milliseconds of a student, as its paired share of the file as given."""
-        models = {"given": self.study.given, "pruned": self.shipping.ship(student)}
+        models = {"given": self.study.given, "pruned": (shipping or self.shipping).ship(student)}
         calls = {name: timed(model, self.request, self.settings.runtime) for name, model in models.items()}
         clock = clock_for(self.settings.runtime)
         timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=121, tolerance=0.004, max_seconds=20.0)

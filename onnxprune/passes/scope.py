@@ -19,8 +19,9 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
 from onnxprune.graph.turning import Bases
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
-from onnxprune.passes.base import IntegerPass, RewritePass, VocabularyPass, WidthPass, ordered, select
+from onnxprune.passes.base import IntegerPass, RewritePass, TokenPass, VocabularyPass, WidthPass, ordered, select
 from onnxprune.passes.int8 import Int8Choice
+from onnxprune.passes.tokens import TokenPolicy
 from onnxprune.passes.vocab import Reduction, choose_vocabularies
 from onnxprune.passes.workbench import Recipe
 from onnxprune.runtime.session import RuntimeOptions
@@ -47,6 +48,7 @@ class Settings:
     int8: Int8Choice = "auto"
     keep_ids: Path | None = None
     vocab_map: VocabMap = "graph"
+    token_policy: TokenPolicy = "auto"
 
     def may_time(self, model: Model) -> bool:
         """Whether whole sessions of ``model`` may be open side by side: not of a large one, unless milliseconds are what was asked for."""
@@ -57,9 +59,9 @@ class Settings:
 class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
-    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` whether int8 is among the passes. ``words`` says
-    which rows of word tables went, and ``whole`` is the canonical graph with all of them. ``bases`` are turns inside heads that ``anatomy``
-    has taken, none before the search has looked at data.
+    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` and ``tokens`` whether int8 and tokens are. ``words``
+    says which rows of word tables went, and ``whole`` is the canonical graph with all of them. ``bases`` are turns inside heads that
+    ``anatomy`` has taken, none before the search has looked at data.
     """
 
     given: Model
@@ -71,6 +73,7 @@ class Study:
     whole: Model
     words: Reduction = field(default_factory=Reduction)
     bases: Bases = field(default_factory=dict)
+    tokens: bool = False
 
 
 def understand(
@@ -91,6 +94,7 @@ def understand(
     widths = [item for item in passes if isinstance(item, WidthPass)]
     rewrites = ordered(item.name for item in passes if isinstance(item, RewritePass))
     integers = any(isinstance(item, IntegerPass) for item in passes)
+    tokens = any(isinstance(item, TokenPass) for item in passes)
     if integers and (others := [name for name in rewrites if name in ("int4", "fp16")]):
         raise InputError(
             f"--passes names int8 and {others[0]}, which put the same weights into different numbers; "
@@ -100,7 +104,7 @@ def understand(
     whole, words = canonical, Reduction()
     if any(isinstance(item, VocabularyPass) for item in passes):
         words = choose_vocabularies(whole, corpus, settings.keep_ids, settings.vocab_map)
-        if not words.vocabularies and not widths and not integers and not rewrites:
+        if not words.vocabularies and not widths and not integers and not tokens and not rewrites:
             raise NothingPrunable("\n  ".join(["nothing to prune for vocab:", *map(str, words.refusals)]))
         canonical = cut_vocabulary(whole, words.vocabularies)
         profile = take_profile(canonical, samples) if words.vocabularies else profile
@@ -115,7 +119,7 @@ def understand(
         raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
-    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words)
+    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens)
 
 
 def leading_to(study_: Study, objective: Objective) -> Study:

@@ -10,6 +10,7 @@ from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
+from onnxprune.graph.token_cut import TokenPlan, cut_tokens, present_in
 from onnxprune.passes.apply import finish, install
 from onnxprune.passes.base import ordered
 from onnxprune.passes.finishing import Part, choose_parts
@@ -17,6 +18,7 @@ from onnxprune.passes.int8 import Scheme, Trial, choose_scheme, tailor, untailor
 from onnxprune.passes.precision import Group, measure_groups
 from onnxprune.passes.rounding import round_weights
 from onnxprune.passes.scope import Settings, Study
+from onnxprune.passes.tokens import Schedule
 from onnxprune.passes.workbench import Student, Workbench
 from onnxprune.quantize.form import Int8Form
 from onnxprune.runtime.session import Feeds, RuntimeOptions
@@ -32,6 +34,7 @@ class Shipping:
 
     ``rewrites`` run on the float graph, ``parts`` says which finishing rewrites were tried and what came of it. ``scheme`` is how int8 is
     done (None: not at all), after ``trials``; ``floats`` are the products that stay in float, chosen by the errors of ``groups``.
+    ``tokens`` says which tokens leave where (None: none), one of ``schedules``.
     """
 
     anatomy: Anatomy
@@ -43,6 +46,8 @@ class Shipping:
     trials: tuple[Trial, ...] = ()
     groups: tuple[Group, ...] = ()
     floats: frozenset[str] = frozenset()
+    schedules: tuple[Schedule, ...] = ()
+    tokens: TokenPlan | None = None
     _forms: dict[int, tuple[Student, Int8Form]] = field(default_factory=dict, repr=False)
 
     @property
@@ -54,7 +59,15 @@ class Shipping:
         """The graph that would be shipped, with weights that do not matter: for timing."""
         model = slice_model(self.anatomy, kept)
         form = untailored(model, self.scheme, self.floats) if self.scheme is not None else None
-        return finish(model, self.steps, form)
+        return finish(self._cut(model), self.steps, form)
+
+    def _cut(self, model: Model) -> Model:
+        """The model with fewer tokens; int8 is decided on all of them."""
+        return model if self.tokens is None else cut_tokens(model, present_in(model, self.tokens))
+
+    def tokens_of(self, student: Student) -> TokenPlan | None:
+        """The cuts that this student has an attention for."""
+        return None if self.tokens is None else present_in(slice_model(self.anatomy, student.kept), self.tokens)
 
     def form(self, student: Student) -> Int8Form | None:
         """How int8 is done in this student; computed once."""
@@ -81,18 +94,22 @@ class Shipping:
     def final(self, student: Student) -> Model:
         """The graph as it is written."""
         model = install(slice_model(self.anatomy, student.kept), student.changes)
-        return finish(model, self.steps, self.final_form(student))
+        return finish(self._cut(model), self.steps, self.final_form(student))
 
     def ship(self, student: Student) -> Model:
         """The graph of a candidate: weights are rounded to nearest."""
         model = install(slice_model(self.anatomy, student.kept), student.changes)
-        return finish(model, self.steps, self.form(student))
+        return finish(self._cut(model), self.steps, self.form(student))
 
     def with_floats(self, floats: frozenset[str]) -> Shipping:
         """The same with these products in float; without integers if that is all of them."""
         if all(name in floats for group in self.groups for name in group.products):
             return self.in_float()
         return replace(self, floats=floats, _forms={})
+
+    def with_tokens(self, tokens: TokenPlan) -> Shipping:
+        """The same with tokens that leave. How int8 is done does not depend on them."""
+        return replace(self, tokens=tokens)
 
     def in_float(self) -> Shipping:
         """The same without integers."""

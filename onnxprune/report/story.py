@@ -247,6 +247,9 @@ def kept(record: Record) -> str:
     for table in (record.get("vocabulary") or {}).get("tables", ()):
         lost = "" if table["unseen"] is None else f", {percent(table['unseen'])} of the tokens of new text will read a stand-in"
         words.append(f"{table['kept']:,} of {table['rows']:,} word rows kept ({size(table['saved_bytes'])} less{lost})")
+    if chosen := (record.get("tokens") or {}).get("chosen"):
+        behind = ", ".join(f"{percent(cut['share'])} behind attention {cut['block']}" for cut in chosen["cuts"])
+        words.append(f"tokens that stay ({chosen['policy']}): {behind or 'all'}")
     if (found := integers(record)) is not None:
         which = f"{found.count:,} of" if found.count < found.total else "all"
         words.append(f"{which} {found.total:,} products compute in int8 ({found.scheme})")

@@ -16,6 +16,7 @@ from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.caches import CacheCut
 from onnxprune.graph.model import atomic_file
+from onnxprune.graph.token_cut import TokenPlan
 from onnxprune.graph.vocabulary import VocabMap, Vocabulary
 from onnxprune.quantize.form import Int8Form
 
@@ -30,7 +31,8 @@ class Plan:
 
     ``kept[site]`` are the units that stay, of ``units[site]``; ``rewrites`` the graph passes that follow, in order;
     ``caches`` the inputs for keys and values of a decoder that lose heads; ``int8`` what computes in integers, and how (None: nothing
-    does); ``vocabularies`` the rows that stay in tables of words, and ``vocab_map`` who maps ids to them; ``example`` the shapes of inputs
+    does); ``vocabularies`` the rows that stay in tables of words, and ``vocab_map`` who maps ids to them;
+    ``tokens`` which tokens leave where (None: none); ``example`` the shapes of inputs
     the model is known to run on; ``changes`` the compensated constants by (node name, input slot); ``bases`` the turns inside attention
     heads, of which ``kept`` counts the directions, by site. These, the smoothing factors and
     rounded weights of ``int8`` and the rows that ids read are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash
@@ -52,6 +54,7 @@ class Plan:
     int8: Int8Form | None = None
     vocabularies: tuple[Vocabulary, ...] = ()
     vocab_map: VocabMap = "graph"
+    tokens: TokenPlan | None = None
     example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
     bases: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
@@ -73,6 +76,8 @@ class Plan:
             f"{'in the graph' if self.vocab_map == 'graph' else 'by the tokenizer'}"
             for words in self.vocabularies
         ]
+        if self.tokens is not None and self.tokens.cuts:
+            lines.append(f"tokens ({self.tokens.policy}): {self.tokens.describe()}")
         if self.int8 is not None:
             tables = f" and {len(self.int8.tables)} embedding tables" if self.int8.tables else ""
             lines.append(f"{len(self.int8.products)} products{tables} in int8: {self.int8.describe()}")
@@ -86,6 +91,7 @@ class Plan:
         content["example"] = {name: list(shape) for name, shape in self.example.items()}
         content["caches"] = {name: asdict(cut) for name, cut in self.caches.items()}
         content["int8"] = None if self.int8 is None else self.int8.as_dict()
+        content["tokens"] = None if self.tokens is None else self.tokens.as_dict()
         content["vocabularies"] = [
             {"inputs": list(words.inputs), "lookups": list(words.lookups), "rows": words.rows, "kept": len(words.kept)}
             for words in self.vocabularies
@@ -215,6 +221,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                     for number, words in enumerate(content["vocabularies"])
                 ),
                 "vocab_map": content["vocab_map"],
+                "tokens": TokenPlan.from_dict(content["tokens"]) if content["tokens"] is not None else None,
                 "changes": constants,
                 "bases": named[_BASIS],
             }

@@ -41,7 +41,7 @@ def prepared(name: str, variant: str) -> tuple[Model, Profile, TokenAxis]:
 
 
 def plan_of(axis: TokenAxis, share: float, policy: Policy = "drop") -> TokenPlan:
-    return TokenPlan(policy, tuple(TokenCut(place.tensor, place.softmax.name, share) for place in axis.places))
+    return TokenPlan(policy, tuple(TokenCut(place.tensor, place.softmax.name, share, block) for block, place in enumerate(axis.places)))
 
 
 def with_hidden_keys(model: Model, profile: Profile, axis: TokenAxis) -> Model:
@@ -164,7 +164,7 @@ def test_networks_that_cannot_lose_tokens_say_why(name: str, variant: str, code:
 
 def test_a_plan_for_another_file_is_refused() -> None:
     model, _, axis = prepared("vit", "do18-sdpa")
-    plan = TokenPlan("drop", (TokenCut("elsewhere", axis.places[0].softmax.name, 0.5),))
+    plan = TokenPlan("drop", (TokenCut("elsewhere", axis.places[0].softmax.name, 0.5, 0),))
     with pytest.raises(CannotCut, match="another file"):
         cut_tokens(model, plan)
 

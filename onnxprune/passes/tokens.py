@@ -1,0 +1,184 @@
+"""``tokens``: which tokens leave where, chosen by what it costs the outputs and what it gains on the clock."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from onnxprune.errors import Refusal
+from onnxprune.graph.model import Model
+from onnxprune.graph.token_axis import Place
+from onnxprune.graph.token_cut import CannotCut, TokenCut, TokenPlan, cut_tokens, study_tokens
+from onnxprune.graph.token_policy import POLICIES, Policy
+from onnxprune.passes.apply import finish
+from onnxprune.passes.base import TokenPass
+from onnxprune.passes.int8 import timed
+from onnxprune.runtime.measure import clock_for, ratio, time_sessions
+from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
+from onnxprune.verification import Yardstick
+
+log = logging.getLogger(__name__)
+
+TOKENS = TokenPass(
+    name="tokens",
+    summary="fewer tokens in the later blocks: the least attended leave, or similar ones merge",
+    detail=(
+        "Behind an attention, tokens that get little of it leave, are packed into one, or merge with those most like them, whichever "
+        "changes the outputs least. Weights stay as they are. Schedules over the layers are measured, and the budget is shared with "
+        "the other passes. Needs a latency target, or none; pays for images and for texts of 64 tokens and more."
+    ),
+)
+
+TokenPolicy = Literal["auto", "drop", "package", "merge"]
+
+_FASTER = 0.98
+"""A schedule must take no more than this share of the time with all tokens."""
+
+_EQUAL = 1e-4
+_TRIAL = 0.7
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tokens to leave, the divergence this costs, and the time it takes as a share of the time with all tokens."""
+
+    plan: TokenPlan
+    error: float
+    share: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.plan.as_dict(), "error": self.error, "share": self.share}
+
+
+def choose_schedules(
+    model: Model,
+    rewrites: Sequence[str],
+    yardstick: Yardstick,
+    request: Feeds,
+    options: RuntimeOptions,
+    *,
+    policy: TokenPolicy = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Schedule, ...] | Refusal:
+    """Schedules none of which is slower and worse than another one, from slow to fast.
+
+    The policy is chosen on one schedule, all others are of that policy. Every error and every time is measured, on the finished graph.
+
+    Args:
+        model: the canonical model, whose tokens are all there.
+        yardstick: divergence from the model as given, on rows that decide nothing else.
+        request: what is timed.
+
+    Returns:
+        or why no token leaves.
+    """
+    axis = study_tokens(model)
+    if isinstance(axis, Refusal):
+        return axis
+    places = axis.places
+    trials: dict[Policy, Schedule] = {}
+    reasons = []
+    for name in POLICIES if policy == "auto" else (policy,):
+        try:
+            candidate = cut_tokens(model, _plan(name, places, _stages(len(places), _TRIAL)))
+            _check(model, cut_tokens(model, _plan(name, places, (1.0,) * len(places))), request, options)
+        except CannotCut as error:
+            reasons.append(str(error))
+            continue
+        trials[name] = Schedule(_plan(name, places, _stages(len(places), _TRIAL)), yardstick(finish(candidate, rewrites)), 1.0)
+    if not trials:
+        return Refusal("OP705", "tokens", reasons[0])
+    best = min(trials, key=lambda name: trials[name].error)
+    log.info("tokens: %s", ", ".join(f"{name} {schedule.error:.3g}" for name, schedule in trials.items()))
+    plans = list(dict.fromkeys(_plan(best, places, shares) for shares in profiles(len(places))))
+    models = {f"{number}": finish(cut_tokens(model, plan), rewrites) for number, plan in enumerate(plans)}
+    found = []
+    shares = _timed(finish(model, rewrites), models, request, options, seed)
+    for number, plan in enumerate(plans):
+        found.append(Schedule(plan, yardstick(models[f"{number}"]), shares[f"{number}"]))
+        if progress:
+            progress(number + 1, len(plans))
+    front = pareto(found)
+    if not front:
+        fastest = min(found, key=lambda schedule: schedule.share)
+        tokens = axis.count or "a few"
+        reason = f"the fastest of {len(found)} schedules runs at {1 / fastest.share:.2f}x of the speed with all {tokens} tokens"
+        return Refusal("OP706", "tokens", reason)
+    return front
+
+
+def pareto(found: Sequence[Schedule]) -> tuple[Schedule, ...]:
+    """Those that no other one beats in both error and time, from slow to fast; none that is no faster than all tokens are."""
+    front: list[Schedule] = []
+    for schedule in sorted(found, key=lambda item: (item.share, item.error)):
+        if schedule.share <= _FASTER and np.isfinite(schedule.error) and (not front or schedule.error < front[-1].error):
+            front.append(schedule)
+    return tuple(reversed(front))
+
+
+def profiles(places: int) -> Iterator[tuple[float, ...]]:
+    """Shares of tokens that stay behind each place, never rising.
+
+    Three places of the same ratio (EViT, DynamicViT), one place, evenly more at every place (ToMe), and little at first and much at the
+    end, as learned schedules do (DiffRate).
+    """
+    for ratio_ in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4):
+        yield _stages(places, ratio_)
+    for start in dict.fromkeys((0, places // 4, places // 2)):
+        for left in (0.7, 0.5, 0.3):
+            yield tuple(left if place >= start else 1.0 for place in range(places))
+    for power in (1.0, 2.0):
+        for left in (0.6, 0.4, 0.25, 0.1):
+            yield tuple(1 - (1 - left) * ((place + 1) / places) ** power for place in range(places))
+
+
+def _stages(places: int, ratio_: float) -> tuple[float, ...]:
+    stages = sorted({places // 4, places // 2, 3 * places // 4})
+    return tuple(ratio_ ** sum(place >= stage for stage in stages) for place in range(places))
+
+
+def _plan(policy: Policy, places: Sequence[Place], shares: Sequence[float]) -> TokenPlan:
+    """Cuts only where the share falls; merging takes no more than half at one place."""
+    cuts = []
+    before = 1.0
+    for block, (place, wanted) in enumerate(zip(places, shares, strict=True)):
+        share = max(wanted, before / 2) if policy == "merge" else wanted
+        if share < before or all(other == 1.0 for other in shares):
+            cuts.append(TokenCut(place.tensor, place.softmax.name, round(share, 4), block))
+        before = share
+    return TokenPlan(policy, tuple(cuts))
+
+
+def _check(model: Model, cut: Model, request: Feeds, options: RuntimeOptions) -> None:
+    """With every token kept, the rewritten graph must compute what the graph does."""
+    for want, got in zip(run(open_session(model, options), request), run(open_session(cut, options), request), strict=True):
+        if want.shape != got.shape or not np.allclose(got, want, rtol=0, atol=_EQUAL * float(np.abs(want).max())):
+            raise CannotCut("with all tokens kept, the rewritten graph does not compute what the graph does")
+
+
+def _timed(whole: Model, models: dict[str, Model], request: Feeds, options: RuntimeOptions, seed: int) -> dict[str, float]:
+    """Paired share of the time of ``whole`` that each model takes."""
+    calls = {"whole": timed(whole, request, options)} | {name: timed(model, request, options) for name, model in models.items()}
+    timings = time_sessions(calls, clock=clock_for(options), seed=seed, rounds=41, max_seconds=40.0)
+    return {name: ratio(timings, name, "whole").median for name in models}
+
+
+def best_schedule(schedules: Sequence[Schedule], error_of_widths: Callable[[float], float | None]) -> Schedule | None:
+    """The schedule with which tokens and widths together cost least; None if that is none.
+
+    Args:
+        error_of_widths: divergence expected of narrowing the model until it takes no more than the goal, if everything takes this share of
+            its time; None if it cannot.
+    """
+    alone = error_of_widths(1.0)
+    best: tuple[float, Schedule | None] = (np.inf if alone is None else alone, None)
+    for schedule in schedules:
+        rest = error_of_widths(schedule.share)
+        if rest is not None and rest + schedule.error < best[0]:
+            best = (rest + schedule.error, schedule)
+    return best[1]
