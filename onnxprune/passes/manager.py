@@ -116,23 +116,27 @@ class _Search:
         self._known_scores: Scores | None = None
         self.refusals = study_.refusals
         self.shipping, refusal = choose_shipping(study_, self.bench, self.objective, self.calibration, self.judges, self.request, settings)
+        found = self._schedules() if study_.tokens else ()
+        if isinstance(found, Refusal):
+            self._refuse(found, others=self.shipping.scheme is not None)
+        else:
+            self.shipping = replace(self.shipping, schedules=found)
         if refusal:
-            self.refusals = (*self.refusals, refusal)
-        if study_.tokens:
-            self.shipping = replace(self.shipping, schedules=self._schedules())
-        if (
-            not (study_.sites or study_.rewrites or study_.words.vocabularies or self.shipping.scheme or self.shipping.schedules)
-            and self.refusals
-        ):
-            raise NothingPrunable("\n  ".join(map(str, self.refusals)))
+            self._refuse(refusal, others=bool(self.shipping.schedules))
 
-    def _schedules(self) -> tuple[Schedule, ...]:
-        """How tokens may leave, from slow to fast."""
+    def _refuse(self, refusal: Refusal, *, others: bool) -> None:
+        """Say that a pass does not do its part; an error if there is nothing else to do."""
+        self.refusals = (*self.refusals, refusal)
+        if not (others or self.study.sites or self.study.rewrites or self.study.words.vocabularies):
+            raise NothingPrunable(str(refusal))
+
+    def _schedules(self) -> tuple[Schedule, ...] | Refusal:
+        """How tokens may leave, from slow to fast, or why they do not."""
         settings = self.settings
         if _UNITS[settings.target.quantity] != "ms":
             asked = {"macs": "multiply-adds", "params": "parameters", "size": "bytes"}[settings.target.quantity]
             raise InputError(f"fewer tokens save time, not {asked}: give --target-latency, or no target and --max-drop")
-        found = choose_schedules(
+        return choose_schedules(
             self.study.anatomy.model,
             self.shipping.rewrites,
             Yardstick(self.study.given, self.judges.take(slice(0, _JUDGES)), self.objective, settings.runtime),
@@ -142,10 +146,6 @@ class _Search:
             seed=settings.recipe.seed,
             progress=self.bench.report("token schedules"),
         )
-        if isinstance(found, Refusal):
-            self.refusals = (*self.refusals, found)
-            return ()
-        return found
 
     def _judging_rows(self, held: int) -> int:
         if self.settings.target.auto:
@@ -418,7 +418,7 @@ class _Search:
             if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
                 return True
         reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"
-        self.refusals = (*self.refusals, Refusal("OP402", "int8", reason))
+        self._refuse(Refusal("OP402", "int8", reason), others=bool(self.shipping.schedules))
         self.shipping = self.shipping.in_float()
         return False
 
