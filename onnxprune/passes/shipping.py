@@ -67,7 +67,10 @@ class Shipping:
 
     def tokens_of(self, student: Student) -> TokenPlan | None:
         """The cuts that this student has an attention for."""
-        return None if self.tokens is None else present_in(slice_model(self.anatomy, student.kept), self.tokens)
+        if self.tokens is None:
+            return None
+        found = present_in(slice_model(self.anatomy, student.kept), self.tokens)
+        return found if found.cuts else None
 
     def form(self, student: Student) -> Int8Form | None:
         """How int8 is done in this student; computed once."""
