@@ -240,6 +240,22 @@ CODES: dict[str, Code] = {
             "leave them; an expert that no token chooses costs memory, not time",
         ),
         Code(
+            "OP602",
+            "post-norm network",
+            "Every sum is normalised, with a scale for each position, before the next sublayer adds to it. Such a scale does not commute "
+            "with a rotation, so there is no stream that could be turned into the basis of its principal directions.",
+            "each of 13 sums is normalised before anything else is added to it",
+            "leave hidden out; heads and ffn prune post-norm networks",
+        ),
+        Code(
+            "OP603",
+            "residual stream cannot be rotated",
+            "Something other than a constant matrix or a norm over the whole width writes or reads the residual stream: a norm on each "
+            "branch, a graph output, a sum whose mean is needed. The message names the first one.",
+            "5 places read or write the stream by no constant matrix (Mul(/h.0/norm/Mul_1) writes it)",
+            "leave hidden out; heads and ffn need no rotation",
+        ),
+        Code(
             "OP701",
             "opset too old for fewer tokens",
             "Tokens are chosen and gathered by operators, and in forms of them, that opsets before 13 do not have.",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from onnxprune.graph.anatomy import Anatomy, Site
+from onnxprune.graph.hidden import Narrowing, named_stream
 from onnxprune.graph.model import Model
+from onnxprune.graph.profile import Profile
 from onnxprune.graph.slicing import Kept
 from onnxprune.graph.surgery import Surgeon
+from onnxprune.graph.view import GraphView
 
 MASK = "onnxprune.mask."
 
@@ -59,6 +62,34 @@ def _multiply(
     surgeon.add("Mul", [edit.inputs[slots[0]], shaped], masked, mask)  # masked already, if another site has a part of this axis
     for slot in slots:
         edit.inputs[slot] = masked
+
+
+def projected_model(model: Model, profile: Profile, narrowings: Sequence[Narrowing]) -> Model:
+    """The wide model with every tensor of the streams projected on what their bases span: the meaning of narrowing them.
+
+    Raises:
+        InputError: a stream is not there or has another width.
+    """
+    surgeon, view = Surgeon(model), GraphView(model)
+    for item in narrowings:
+        stream = named_stream(view, profile, item)
+        matrix = surgeon.constant((item.basis @ item.back).astype(np.float32), item.stream)
+        outside = {place for bridge in stream.bridges if bridge.inward for place in bridge.readers}
+        entering = {bridge.tensor for bridge in stream.bridges if bridge.inward}
+        for name in sorted(stream.members):
+            if stream.places[name] != len(profile.shape(name) or ()) - 1:
+                continue  # it is made into a tensor that has the stream along its last axis
+            tensor, other = surgeon.tensors[name], surgeon.variable(name, np.float32)
+            if name in view.graph_outputs and name not in entering:
+                maker = tensor.inputs[0]
+                maker.outputs = [other if operand is tensor else operand for operand in maker.outputs]
+                surgeon.add("MatMul", [other, matrix], tensor, item.stream)
+                continue
+            for node, slot in view.consumers.get(name, ()):
+                if (node.index, slot) not in outside:
+                    surgeon.nodes[node.index].inputs[slot] = other
+            surgeon.add("MatMul", [tensor, matrix], other, item.stream)
+    return surgeon.close()
 
 
 def mask_feeds(sites: tuple[Site, ...], kept: Kept, dtype: np.dtype | type = np.float32) -> dict[str, np.ndarray]:
