@@ -76,16 +76,25 @@ def cut_piece(view: GraphView, nodes: list[int], outputs: Iterable[str], known: 
 
 
 def replace_constants(model: Model, changes: Mapping[tuple[int, int], np.ndarray], suffix: str) -> Model:
-    """New values for the constants that node ``index`` reads at ``slot``; other readers of the same initializer keep the old ones."""
+    """New values for the constants that node ``index`` reads at ``slot``; other readers of the same initializer keep the old ones.
+
+    Readers of one initializer that are given equal values share one again.
+    """
     proto = model.copy_proto()
+    made: dict[str, list[tuple[str, np.ndarray]]] = {}
     taken = {tensor.name for tensor in proto.graph.initializer}
     weights: dict[str, np.ndarray] = {}
     for (index, slot), array in sorted(changes.items()):
         node = proto.graph.node[index]
+        twins = made.setdefault(node.input[slot], [])
+        if twin := next((name for name, values in twins if values is array or np.array_equal(values, array)), None):
+            node.input[slot] = twin
+            continue
         name = f"{node.input[slot]}{suffix}"
         while name in taken:
             name += "'"
         taken.add(name)
+        twins.append((name, array))
         node.input[slot] = name
         tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         placeholder(tensor, array.nbytes)

@@ -7,7 +7,7 @@ each model runs through its graph exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,7 @@ from onnxprune.graph.slicing import Kept, kept_positions
 from onnxprune.graph.storage import stored
 from onnxprune.graph.view import GraphView, Node
 from onnxprune.passes.readers import Constants, Patches, Reader, reader_of
+from onnxprune.passes.refit_shared import RowWeight, fit_shared, nearer, shared_matrix
 from onnxprune.passes.scoring import student_labels
 from onnxprune.runtime.session import RuntimeOptions
 
@@ -40,6 +41,9 @@ _ROWS_PER_INPUT = 12
 """Places are drawn from images until a convolution has this many rows for each of its inputs."""
 
 _ACTIVATION_BYTES = 1 << 30
+
+_JUDGING_BATCHES = 8
+"""One batch in this many does not enter the fit of shared matrices but judges it."""
 
 _CHECK_EVERY = 16
 """One calibration row in this many does not enter the fit but judges it."""
@@ -71,7 +75,7 @@ def refit(
     options: RuntimeOptions,
     *,
     kept: Kept | None = None,
-    row_weight: Callable[[Batch], np.ndarray | None] | None = None,
+    row_weight: RowWeight | None = None,
     method: Method = "refit",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Changes, tuple[SiteFit, ...]]:
@@ -88,12 +92,15 @@ def refit(
         The re-fitted student, the constants that changed by (node name, input slot), and what happened at each site. A fit that does not
         lower the error on held-back rows is not applied.
     """
-    stages, skipped = _stages(anatomy, student, kept or {})
+    changes: Changes = {}
+    shared: list[SiteFit] = []
+    if method == "refit":
+        student, shared = _refit_shared(anatomy, student, kept or {}, batches, options, row_weight, changes)
+    stages, skipped = _stages(anatomy, student, kept or {}, {report.site for report in shared})
     batches = _affordable(student, stages, batches)
     teacher_run = Prefix(anatomy.model, batches, options)
     student_run = Prefix(student, batches, options)
-    reports = list(skipped)
-    changes: Changes = {}
+    reports = [*shared, *skipped]
     for done, stage in enumerate(stages):
         # BLAS threads spin while they wait: on a busy machine two of them took ten times the CPU time of one.
         with threadpool_limits(options.threads or None):
@@ -110,8 +117,44 @@ def refit(
     return student, changes, tuple(reports)
 
 
-def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage], list[SiteFit]]:
-    """Readers to fit, in the order in which their targets are computed, and the sites that have none."""
+def _refit_shared(
+    anatomy: Anatomy,
+    student: Model,
+    kept: Kept,
+    batches: Sequence[Batch],
+    options: RuntimeOptions,
+    row_weight: RowWeight | None,
+    changes: Changes,
+) -> tuple[Model, list[SiteFit]]:
+    """The student with matrices re-fitted that are read in several places; ``changes`` grows. Batches kept out of the fit judge it."""
+    view = GraphView(student)
+    node_of = {node.name: node for node in view.nodes}
+    uses: dict[str, list[Reader]] = {}
+    for site in anatomy.sites:
+        if site.kind in ("heads", "ffn") and shared_matrix(site) and 0 < len(kept.get(site.name, ())) < site.units:
+            found = [_reader(anatomy, site, consumer, view, node_of, kept) for consumer in site.consumers]
+            if all(isinstance(reader, Reader) for reader in found):
+                uses[site.name] = [reader for reader in found if isinstance(reader, Reader)]
+    if not uses:
+        return student, []
+    judges = batches[::_JUDGING_BATCHES]
+    fitted = [batch for number, batch in enumerate(batches) if number % _JUDGING_BATCHES] or judges
+    with threadpool_limits(options.threads or None):
+        constants, errors = fit_shared(anatomy, student, uses, kept, fitted, options, RIDGE, row_weight)
+    last = max((reader.target for readers in uses.values() for reader in readers), key=lambda name: view.producer[name].index)
+    reports = []
+    for name, new in constants.items():
+        better = nearer(anatomy, student, new, last, judges, options)
+        if better:
+            new = stored(new) if student.paged else new
+            student = replace_constants(student, new, "~refit")
+            changes.update({(view.nodes[index].name, slot): array for (index, slot), array in new.items()})
+        reports.append(SiteFit(name, better, errors[name], "" if better else "the fit would not lower the error on rows kept out of it"))
+    return student, reports
+
+
+def _stages(anatomy: Anatomy, student: Model, kept: Kept, done: Collection[str]) -> tuple[list[_Stage], list[SiteFit]]:
+    """Readers to fit, in the order in which their targets are computed, and the sites that have none; sites that are ``done`` aside."""
     view = GraphView(student)
     node_of = {node.name: node for node in view.nodes}
     positions = kept_positions(anatomy, kept)
@@ -119,7 +162,7 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept) -> tuple[list[_Stage],
     stages: dict[tuple[int, int], _Stage] = {}
     skipped = []
     for site in sorted(anatomy.sites, key=lambda site: site.order):
-        if site.kind == "qk" or (site.kind == "channels" and not channels):
+        if site.name in done or site.kind == "qk" or (site.kind == "channels" and not channels):
             continue  # two activations meet over the depth of queries and keys: there is no matrix to fit
         for consumer in site.consumers:
             found = student_reader(anatomy, site, consumer, view, node_of, kept)
@@ -137,9 +180,13 @@ def student_reader(
     anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept
 ) -> Reader | str:
     """What reads a site in a student, or why it cannot be fitted. ``view`` is the student's, ``node_of`` its nodes by name."""
-    node = node_of.get(consumer.leaf.node.name)
     if len(site.consumers) > 1 and site.kind != "channels":
         return "several matrices read this axis"
+    return _reader(anatomy, site, consumer, view, node_of, kept)
+
+
+def _reader(anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept) -> Reader | str:
+    node = node_of.get(consumer.leaf.node.name)
     if node is None:
         return "nothing is left to fit"
     if not leads_with_samples(anatomy, consumer.tensor):
@@ -174,7 +221,7 @@ def _accumulate(
     teacher_run: Prefix,
     student_run: Prefix,
     batches: Sequence[Batch],
-    row_weight: Callable[[Batch], np.ndarray | None] | None,
+    row_weight: RowWeight | None,
 ) -> tuple[NormalEquations, HeldRows]:
     """Sums for the fit, and the rows kept out of it to judge it."""
     reader = stage.reader
