@@ -56,10 +56,15 @@ def _nary(node: Node, s: Shapes) -> list[Link]:
 
 
 def _broadcast(s: Shapes, operand: int, output: int) -> list[Link]:
-    """Ties of a numpy-broadcast operand: aligned from the right, axes of size one are free."""
+    """Ties of a numpy-broadcast operand: aligned from the right.
+
+    An axis of size one is free in a constant; in an activation it may be all that is left of a wider one.
+    """
     small, large = s.of(operand), s.of(output)
     offset = len(large) - len(small)
-    return [Tie(operand, axis, output, axis + offset) for axis in range(len(small)) if small[axis] == large[axis + offset] != 1]
+    free = s.view.is_constant(s.name(operand))
+    equal = (axis for axis in range(len(small)) if small[axis] == large[axis + offset])
+    return [Tie(operand, axis, output, axis + offset) for axis in equal if small[axis] != 1 or not free]
 
 
 # --- products ----------------------------------------------------------------------------------------------------------------------

@@ -192,3 +192,14 @@ def test_neurons_that_reshapes_tie_all_together_are_refused() -> None:
     anatomy = anatomy_of(net.done(net.add("x", net.linear(hidden, 6, WIDTH))))
     assert anatomy.sites == ()
     assert [(refusal.code, "go together" in refusal.reason) for refusal in anatomy.refusals] == [("OP201", True)]
+
+
+def test_neurons_of_parts_that_are_one_wide_stay_together() -> None:
+    """An axis of size one looks as if it were broadcast."""
+    net = Net()
+    one, two = (net("Sigmoid", net.linear("x", WIDTH, width)) for width in (1, 2))
+    joined = net("Concat", net("Mul", one, one), one, two, axis=-1)
+    anatomy = anatomy_of(net.done(net.add("x", net.linear(joined, 4, WIDTH))))
+    assert [site.units for site in anatomy.sites] == [3]
+    for kept in ([0], [1], [2], [0, 2], [1, 2]):
+        Comparison(anatomy).check({"layer.0.ffn": np.array(kept)})
