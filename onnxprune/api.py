@@ -108,6 +108,7 @@ def settings(
     vocab_map: VocabMap = "graph",
     token_policy: TokenPolicy = "auto",
     uniform: bool = False,
+    protect_classes: bool = False,
 ) -> Settings:
     """Check options and put them into one value.
 
@@ -144,6 +145,8 @@ def settings(
         )
     if int8 != "auto" and "int8" not in passes:
         raise InputError(f"--int8 {int8} says how, but int8 is not among the passes; add it: --passes {','.join((*passes, 'int8'))}")
+    if protect_classes and (not targets or targets[0].auto):
+        raise InputError("--protect-classes compares two models of one target: give a target with a value, such as --target-latency 60%")
     return Settings(
         passes=passes,
         target=targets[0] if targets else Target("latency", None),
@@ -162,6 +165,7 @@ def settings(
         keep_ids=Path(keep_ids) if keep_ids is not None else None,
         vocab_map=vocab_map,
         token_policy=token_policy,
+        protect_classes=protect_classes,
     )
 
 

@@ -23,6 +23,7 @@ TOLERANCE = 1e-4
 """Largest accepted difference between masked and sliced outputs, relative to the largest output."""
 
 _RESAMPLES = 1000
+_CLASS_ROWS = 5
 _OUTPUT_VALUES = 8_000_000
 _KNOWN_VALUES = 100_000_000
 
@@ -58,12 +59,22 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class WorstClass:
+    """The class, of those the original predicts for five rows or more, whose rows keep their prediction least often."""
+
+    name: int
+    agreement: float
+    samples: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A model against the original on the same samples.
 
     Class outputs: ``agreement`` (same prediction), ``kl`` (nats, original || model) and ``expected_drop``, the accuracy that would be lost
     if labels followed the original's own probabilities: it needs no labels and is far less noisy than a count. With labels also the
-    ``accuracy`` of both and ``drop`` (original minus model, paired). Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
+    ``accuracy`` of both and ``drop`` (original minus model, paired); with one prediction per sample the ``worst_class``.
+    Vector outputs: ``cosine`` and ``relative_error`` |y - y0| / |y0|.
     """
 
     samples: int
@@ -76,6 +87,7 @@ class Comparison:
     drop: Interval | None = None
     cosine: Interval | None = None
     relative_error: Interval | None = None
+    worst_class: WorstClass | None = None
 
     @property
     def loss(self) -> tuple[str, float]:
@@ -132,8 +144,20 @@ def compare(
         before, after = (rows.pop(name)[labelled] for name in ("accuracy_before", "accuracy_after"))
         if labelled.any():
             rows |= {"accuracy_before": before, "accuracy_after": after, "drop": before - after}
+    predicted = rows.pop("predicted", None)
+    worst = None if predicted is None else _worst_class(predicted, rows["agreement"])
     means = {name: _interval(values, seed) for name, values in rows.items()}
-    return Comparison(len(data), objective.output, **means)
+    return Comparison(len(data), objective.output, **means, worst_class=worst)
+
+
+def _worst_class(predicted: np.ndarray, agreement: np.ndarray) -> WorstClass | None:
+    names, counts = np.unique(predicted, return_counts=True)
+    found = [
+        WorstClass(int(name), float(agreement[predicted == name].mean()), int(count))
+        for name, count in zip(names, counts, strict=True)
+        if count >= _CLASS_ROWS
+    ]
+    return min(found, key=lambda each: each.agreement, default=None)
 
 
 def _for_both(data: CalibrationData, model: Model) -> CalibrationData:
@@ -211,6 +235,8 @@ def per_sample(batch: Batch, before: np.ndarray, after: np.ndarray, objective: O
     predicted, now = before.argmax(-1), after.argmax(-1)
     given_up = np.exp(np.take_along_axis(log_p, predicted[..., None], -1)) - np.exp(np.take_along_axis(log_p, now[..., None], -1))
     result = {"agreement": _mean(predicted == now, weight), "kl": _mean(kl, weight), "expected_drop": _mean(given_up[..., 0], weight)}
+    if predicted.ndim == 1 and objective.width is not None:
+        result["predicted"] = predicted
     labels = batch.labels
     if labels is not None and labels.dtype.kind == "i" and labels.shape == predicted.shape:
         counted = weight * (labels != IGNORED_LABEL)

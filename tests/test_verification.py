@@ -16,7 +16,17 @@ from onnxprune.calibration.objective import Link, Objective
 from onnxprune.errors import InputError
 from onnxprune.graph.model import Model, load
 from onnxprune.runtime.session import RuntimeOptions
-from onnxprune.verification import TOLERANCE, Comparison, Fidelity, Interval, Yardstick, compare, masked_equals_sliced
+from onnxprune.verification import (
+    TOLERANCE,
+    Comparison,
+    Fidelity,
+    Interval,
+    WorstClass,
+    Yardstick,
+    _worst_class,
+    compare,
+    masked_equals_sliced,
+)
 from tests import zoo
 from tests.calibration.models import build
 from tests.passes.cases import BERT, VIT, anatomy, calibration
@@ -366,3 +376,21 @@ def test_a_model_of_fixed_sizes_is_compared_with_one_that_takes_any() -> None:
     insisting = replace(rows, fixed_rows=4)
     with pytest.raises(InputError, match="the first model takes batches of 4 rows only, the second of 3"):
         compare(shaped(before, 4, "s"), shaped(after, 3, "s"), insisting, known, OPTIONS)
+
+
+def test_the_worst_class_is_the_predicted_one_that_changes_most_often() -> None:
+    predicted = np.repeat([0, 1, 2, 3], [20, 10, 5, 4])
+    agreement = np.concatenate([np.ones(20), np.tile([0.0, 1.0], 5), [0.0, 1.0, 1.0, 1.0, 1.0], np.zeros(4)])
+    assert _worst_class(predicted, agreement) == WorstClass(1, 0.5, 10), "four rows of a class say too little"
+    assert _worst_class(predicted[-4:], agreement[-4:]) is None
+
+
+def test_only_one_class_per_sample_has_a_worst_one() -> None:
+    weight = np.eye(WIDTH, CLASSES, dtype=np.float32)
+    known = compare(linear(weight), linear(-weight), data(), objective(), RuntimeOptions())
+    assert known.worst_class is not None
+    assert known.agreement is not None
+    assert known.worst_class.agreement <= known.agreement.value
+    by_token = linear(weight, tokens=True)
+    assert compare(by_token, by_token, tokens(), objective(tokens=True), RuntimeOptions()).worst_class is None
+    assert compare(linear(weight), linear(weight), data(), objective("identity"), RuntimeOptions()).worst_class is None

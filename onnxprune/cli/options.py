@@ -231,6 +231,12 @@ deciding_options = stack(
     ),
     option("--importance", heading="How to decide", default="kfac", show_default=True, metavar="NAME", help="How units are scored."),
     option(
+        "--protect-classes",
+        heading="How to decide",
+        is_flag=True,
+        help="Also search by class, and take the model whose worst class agrees better with the original.",
+    ),
+    option(
         "--compensation",
         heading="How to decide",
         type=click.Choice(["refit", "scale", "none"]),

@@ -78,7 +78,12 @@ def write_plan(
         units={site.name: site.units for site in study.sites},
         target=str(settings.target),
         predicted=dict(predicted),
-        recipe={**recipe_dict(recipe), "loss": settings.loss, "calibration_sha256": data.sha256},
+        recipe={
+            **recipe_dict(recipe),
+            "loss": settings.loss,
+            "calibration_sha256": data.sha256,
+            **({"protect_classes": True} if settings.protect_classes else {}),
+        },
         objective={"output": objective.output, "link": objective.link, "why": objective.why},
         refusals=refusals,
         caches=cuts_of(study.anatomy, student.kept),

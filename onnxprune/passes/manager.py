@@ -31,7 +31,7 @@ from onnxprune.passes.rounds import Descent, cut, descend, rounds_to, score
 from onnxprune.passes.scope import Settings, Study, leading_to
 from onnxprune.passes.shipping import Shipping, choose_shipping
 from onnxprune.passes.tokens import Schedule, best_schedule, choose_schedules
-from onnxprune.passes.workbench import Progress, Scores, Student, dense_student, set_up
+from onnxprune.passes.workbench import Progress, Scores, Student, Workbench, dense_student, set_up
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted, counted_costs, measured_costs, shipped_bytes
@@ -61,6 +61,8 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     Raises:
         TargetError: the target is below what any choice of units reaches.
     """
+    if settings.protect_classes and not study_.sites:
+        raise InputError("--protect-classes chooses which units go, but no pass that removes units runs: name heads, ffn or channels")
     if not (study_.sites or study_.integers or study_.tokens or study_.words.vocabularies or settings.target.auto):
         known = "name heads, ffn, channels, tokens, vocab or int8 as well"
         raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: {known}")
@@ -111,6 +113,8 @@ class _Search:
             replace(settings.recipe, align=align),
             progress,
         )
+        if settings.protect_classes:
+            self.bench.targets.classes()
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
         self._known_scores: Scores | None = None
@@ -148,7 +152,7 @@ class _Search:
         )
 
     def _judging_rows(self, held: int) -> int:
-        if self.settings.target.auto:
+        if self.settings.target.auto or self.settings.protect_classes:
             return held // 2
         timed = _UNITS[self.settings.target.quantity] == "ms"
         return max(min(held // 4, _JUDGES), 1) if (self.study.integers or timed) and held > 1 else 0
@@ -182,7 +186,8 @@ class _Search:
         else:
             table, first = self._precision(tables, given, goal)
             shape = tables.floats if self.shipping.scheme else None
-            student, table, predicted, measured = self._reach(table, given, goal, start, first if start is self.dense else None, shape)
+            first = first if start is self.dense else None
+            student, table, predicted, measured = self._reach_for_all_classes(table, given, goal, start, first, shape)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
 
     def _leave_tokens(self, tables: Tables, given: float, goal: float | None) -> Tables:
@@ -328,13 +333,38 @@ class _Search:
             progress=self.bench.report(what),
         )
 
-    def _reach(
+    def _reach_for_all_classes(
         self, table: CostTable, given: float, goal: float, start: Student, first: Scores | None, shape: CostTable | None
+    ) -> tuple[Student, CostTable, float, float]:
+        """The search as asked for, and if classes are to be protected the one by class: of the two the better for its worst class."""
+        found = self._reach(self.bench, table, given, goal, start, first, shape)
+        if not self.settings.protect_classes:
+            return found
+        by_class = replace(self.bench, recipe=replace(self.bench.recipe, importance="classwise"))
+        other = self._reach(by_class, table, given, goal, start, None, shape)
+        worst = []
+        for name, (student, _, predicted, _) in ((self.bench.recipe.importance, found), ("classwise", other)):
+            known = self.judge(student, self.judges).worst_class
+            if known is None:
+                raise InputError(f"--protect-classes: of {len(self.judges)} rows that judge no class has five; give more calibration rows")
+            worst.append(known.agreement)
+            self._note(f"worst class by {name}", student, predicted, None, **{"agreement of the worst class": known.agreement})
+        return other if worst[1] > worst[0] else found
+
+    def _reach(
+        self,
+        bench: Workbench,
+        table: CostTable,
+        given: float,
+        goal: float,
+        start: Student,
+        first: Scores | None,
+        shape: CostTable | None,
     ) -> tuple[Student, CostTable, float, float]:
         """Rounds from ``start`` to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
         error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
-        rounds = self.bench.recipe.rounds
-        found = descend(self.bench, table, goal, rounds, start=start, first=first, error=error, shape=shape)
+        rounds = bench.recipe.rounds
+        found = descend(bench, table, goal, rounds, start=start, first=first, error=error, shape=shape)
         if found is None:
             self._impossible(table, given, goal)
         student = found.student
@@ -356,10 +386,10 @@ class _Search:
             table = table.scaled(measured / predicted)
             if rounds_to(table, goal, rounds, table.predict(start.counts)) > found.rounds > 0:
                 # So far off that one cut would be too deep: down again, in as many rounds as it takes.
-                found = descend(self.bench, table, goal, rounds, start=start, first=first, error=error, shape=shape) or found
+                found = descend(bench, table, goal, rounds, start=start, first=first, error=error, shape=shape) or found
                 again: Student | None = found.student
             else:
-                again = self._again(found, table, goal) if found.scores.saliency else None
+                again = self._again(bench, found, table, goal) if found.scores.saliency else None
             if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
                 break
             student = again
@@ -367,9 +397,9 @@ class _Search:
         _, student, predicted, measured = best
         return student, table, predicted, measured
 
-    def _again(self, found: Descent, table: CostTable, goal: float) -> Student | None:
-        kept = found.taste.choose(self.bench, found.before, found.scores, table, goal)
-        return None if kept is None else cut(self.bench, kept)
+    def _again(self, bench: Workbench, found: Descent, table: CostTable, goal: float) -> Student | None:
+        kept = found.taste.choose(bench, found.before, found.scores, table, goal)
+        return None if kept is None else cut(bench, kept)
 
     def _auto(self, tables: Tables, given: float) -> tuple[Student, CostTable, float, float]:
         """Go down in steps while the judging rows allow it, then half a step more; step back if the other held-back rows disagree."""

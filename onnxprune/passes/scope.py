@@ -49,6 +49,7 @@ class Settings:
     keep_ids: Path | None = None
     vocab_map: VocabMap = "graph"
     token_policy: TokenPolicy = "auto"
+    protect_classes: bool = False
 
     def may_time(self, model: Model) -> bool:
         """Whether whole sessions of ``model`` may be open side by side: not of a large one, unless milliseconds are what was asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from onnxprune.passes.manager import decide
 from onnxprune.passes.scope import Settings, Study, understand
 from onnxprune.passes.workbench import Student
 from onnxprune.runtime.measure import Timings
-from onnxprune.verification import compare
+from onnxprune.verification import WorstClass, compare
 from tests import zoo
 from tests.calibration.models import image_model
 from tests.graph.net import FFN, WIDTH, Net
@@ -388,3 +389,52 @@ def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.Monkey
 
 def test_arrays_of_the_cases_have_mixed_lengths() -> None:
     assert len(set(arrays(BERT)["attention_mask"].sum(axis=1))) > 4
+
+
+# --- classes -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_protected_classes_agree_as_often_as_without_or_more(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[str, float]] = []
+    note = manager._Search._note
+
+    def noting(self: Any, step: str, *args: Any, **losses: float) -> None:
+        judged.extend((step, value) for name, value in losses.items() if name == "agreement of the worst class")
+        note(self, step, *args, **losses)
+
+    monkeypatch.setattr(manager._Search, "_note", noting)
+    options: dict[str, Any] = {"target_macs": "45%", "importance": importance, "compensation": "none", "rounds": 1, "finishing": False}
+    rows = calibration(VIT, 96)
+    plain = search(load(zoo.path(VIT)), rows, settings(**options))
+    by_class = search(load(zoo.path(VIT)), rows, settings(**{**options, "importance": "classwise"}))
+    assert judged == []
+    guarded = search(load(zoo.path(VIT)), rows, settings(**options, protect_classes=True))
+    (first, without), (second, other) = judged
+    assert (first, second) == (f"worst class by {importance}", "worst class by classwise")
+    expected = by_class if other > without else plain
+    assert guarded.plan.kept == expected.plan.kept
+    assert guarded.plan.recipe["protect_classes"]
+    assert "protect_classes" not in plain.plan.recipe
+
+
+@pytest.mark.parametrize(("worst", "chosen"), [((0.5, 0.4), "magnitude"), ((0.4, 0.5), "classwise"), ((0.5, 0.5), "magnitude")])
+def test_the_guard_takes_the_better_worst_class_and_changes_nothing_on_a_tie(
+    worst: tuple[float, float], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"target_macs": "45%", "importance": "magnitude", "compensation": "none", "rounds": 1, "finishing": False}
+    searching = manager._Search(study_of(VIT), calibration(VIT), settings(**options, protect_classes=True), None)
+    values = iter(worst)
+    monkeypatch.setattr(searching, "judge", lambda *args: SimpleNamespace(worst_class=WorstClass(0, next(values), 9)))
+    decision = next(searching.run([searching.settings.target]))
+    alone = search(load(zoo.path(VIT)), calibration(VIT), settings(**{**options, "importance": chosen}))
+    assert decision.plan.kept == alone.plan.kept
+
+
+def test_classes_are_protected_only_where_there_are_some() -> None:
+    with pytest.raises(InputError, match="needs one class per sample, and output 'logits' has none"):
+        search(load(zoo.path(GPT2)), calibration(GPT2), settings(target_macs="60%", protect_classes=True, rounds=1, finishing=False))
+    with pytest.raises(InputError, match="give a target with a value"):
+        settings(protect_classes=True)
+    with pytest.raises(InputError, match="no pass that removes units runs"):
+        search(load(zoo.path(VIT)), calibration(VIT), settings("int8", target_size="50%", protect_classes=True))
