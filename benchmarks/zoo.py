@@ -62,7 +62,7 @@ def check(architecture: Architecture, variant: str) -> Cell:
 
 def _kinds(architecture: Architecture, anatomy: Anatomy) -> dict[str, Any]:
     result = {}
-    for kind in (item.kind for item in registry().values() if isinstance(item, WidthPass)):
+    for kind in (item.kind for item in registry().values() if isinstance(item, WidthPass) and item.kind in CODES):
         expected = architecture.sites.get(kind, ())
         sites = anatomy.of_kind([kind])
         found = [site.units for site in sites for _ in site.consumers]
