@@ -1,0 +1,136 @@
+"""Fewer tokens: what every policy costs and gains on the tasks, and how fast it makes image transformers of full size.
+
+``--part tasks`` takes the schedules that the pass tries on a task. ``--part sizes`` times random networks of the size of ViT-S/16 and
+DINOv2-S/14 with seven tenths of the tokens kept behind three places.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.main_job import RESULTS
+from benchmarks.tasks import NAMES, Task, hits, task
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import choose_objective
+from onnxprune.calibration.source import load_calibration
+from onnxprune.errors import Refusal
+from onnxprune.graph.anatomy import study
+from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.model import Model, load
+from onnxprune.graph.token_cut import CannotCut, TokenCut, TokenPlan, cut_tokens, study_tokens
+from onnxprune.graph.token_policy import POLICIES
+from onnxprune.passes.apply import finish
+from onnxprune.passes.base import finishing
+from onnxprune.passes.int8 import timed
+from onnxprune.passes.tokens import choose_schedules
+from onnxprune.runtime.measure import clock_for, ratio, time_sessions
+from onnxprune.runtime.session import RuntimeOptions
+from onnxprune.verification import Yardstick
+
+OPTIONS = RuntimeOptions(threads=1)
+KEEP = 0.7
+
+
+def of_task(chosen: Task) -> dict[str, Any]:
+    """Schedules of every policy that are neither slower nor worse than another one: divergence, accuracy, time."""
+    given = load(chosen.model_path)
+    data = load_calibration(chosen.calib_path, given)
+    model, profile = canonicalise(given)
+    objective = choose_objective(study(model, profile), None, data.labels, None)
+    yardstick = Yardstick(given, data.take(slice(0, 512)), objective, OPTIONS)
+    rewrites = finishing("cpu")
+    request = _longest(data)
+    result: dict[str, Any] = {"dense": _accuracy(given, chosen)}
+    for policy in POLICIES:
+        found = choose_schedules(model, rewrites, yardstick, request, OPTIONS, policy=policy)
+        if isinstance(found, Refusal):
+            result[policy] = str(found)
+            continue
+        rows = []
+        for schedule in found:
+            accuracy = _accuracy(finish(cut_tokens(model, schedule.plan), rewrites), chosen)
+            rows.append({**schedule.as_dict(), "accuracy": accuracy})
+            print(policy, f"{1 / schedule.share:.2f}x", f"{schedule.error:.2g}", accuracy, flush=True)
+        result[policy] = rows
+    return result
+
+
+def _longest(data: CalibrationData) -> dict[str, np.ndarray]:
+    """The row with the most real tokens: leaving out padding is no achievement."""
+    row = 0 if data.token_mask is None else int(data.token_mask.sum(axis=1).argmax())
+    return {name: array[row : row + 1] for name, array in data.inputs.items()}
+
+
+def _accuracy(model: Model, chosen: Task) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        return float(hits(model.save(Path(folder) / "model.onnx"), chosen.test).mean())
+
+
+def networks(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Networks of random weights at 224 pixels: ViT-S/16 (197 tokens), DINOv2-S/14 with layer scale and a resized table (257)."""
+    import torch
+    from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "num_labels": 100}
+    vit = ViTForImageClassification(ViTConfig(intermediate_size=1536, patch_size=16, image_size=224, **small))
+    dino = Dinov2ForImageClassification(Dinov2Config(mlp_ratio=4, patch_size=14, image_size=518, **small))
+    for name, network in (("ViT-S/16", vit), ("DINOv2-S/14", dino)):
+        path = folder / f"{name.replace('/', '-')}.onnx"
+        pixels = torch.randn(1, 3, 224, 224)
+        torch.onnx.export(
+            network.eval(), (pixels,), str(path), input_names=["pixel_values"], output_names=["logits"], opset_version=14, dynamo=False
+        )
+        yield name, path
+
+
+def of_sizes() -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in networks(Path(folder)):
+            model, _ = canonicalise(load(path))
+            rewrites = finishing("cpu")
+            axis = study_tokens(model)
+            if isinstance(axis, Refusal):
+                rows.append({"network": name, "refused": str(axis)})
+                continue
+            request = {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
+            models: dict[str, Model] = {"all tokens": finish(model, rewrites)}
+            for policy in POLICIES:
+                places = [(block, axis.places[block]) for block in (2, 5, 8)]
+                cuts = [TokenCut(place.tensor, place.softmax.name, KEEP**power, block) for power, (block, place) in enumerate(places, 1)]
+                try:
+                    models[policy] = finish(cut_tokens(model, TokenPlan(policy, tuple(cuts))), rewrites)
+                except CannotCut as error:
+                    rows.append({"network": name, "policy": policy, "refused": str(error)})
+            calls = {key: timed(value, request, OPTIONS) for key, value in models.items()}
+            timings = time_sessions(calls, clock=clock_for(OPTIONS), rounds=41, max_seconds=120.0)
+            for policy in list(models)[1:]:
+                found = ratio(timings, "all tokens", policy)
+                rows.append(
+                    {"network": name, "tokens": axis.count, "policy": policy, "speedup": found.median, "interval": [found.low, found.high]}
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="folder of ready-made models (default: the project's samples)")
+    parser.add_argument("--task", choices=NAMES, default="vision")
+    parser.add_argument("--part", choices=["tasks", "sizes"], default="tasks")
+    args = parser.parse_args()
+    name = f"tokens_{args.task}" if args.part == "tasks" else "tokens_sizes"
+    found = of_task(task(args.task, args.models)) if args.part == "tasks" else of_sizes()
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
