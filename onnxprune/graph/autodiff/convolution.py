@@ -1,7 +1,7 @@
 """Convolutions, pooling, interpolation and batch norms: adjoints of their activations.
 
-Weights need none. The adjoint of a convolution is the transposed one; at stride 1 that is again a convolution with the window turned round,
-which runtimes compute much faster.
+Weights have none, biases do. The adjoint of a convolution is the transposed one; at stride 1 that is again a convolution with the window
+turned round, which runtimes compute much faster.
 """
 
 from __future__ import annotations
@@ -58,11 +58,17 @@ def _same_padding(tape: Tape, node: Node, window: _Window, axis: int) -> int:
 
 @rule("Conv")
 def conv(tape: Tape, node: Node, dy: str) -> Adjoints:
-    if tape.wants(node, 1) or tape.wants(node, 2):
-        raise MissingGradient(node, "its weights depend on a mask")
-    weight = node.inputs[1]
-    window = _window(tape, node, tape.dims(weight)[0][2:])
-    return {0: _spread(tape, node.inputs[0], dy, weight, window, int(node.attrs.get("group", 1)))}
+    if tape.wants(node, 1):
+        raise MissingGradient(node, "its weights depend on a mask or are trained")
+    adjoints = {}
+    if tape.wants(node, 2):
+        places = [axis for axis in range(tape.rank(node.outputs[0])) if axis != 1]
+        adjoints[2] = tape.reduce("ReduceSum", dy, places, keepdims=False)
+    if tape.wants(node, 0):
+        weight = node.inputs[1]
+        window = _window(tape, node, tape.dims(weight)[0][2:])
+        adjoints[0] = _spread(tape, node.inputs[0], dy, weight, window, int(node.attrs.get("group", 1)))
+    return adjoints
 
 
 def _spread(tape: Tape, x: str, dy: str, weight: str, window: _Window, groups: int) -> str:

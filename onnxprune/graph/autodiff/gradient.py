@@ -71,7 +71,7 @@ def gradient_model(
     Raises:
         InputError: a tensor does not exist or a tap does not fit it; an operator has no rule (:class:`MissingGradient`).
     """
-    tape = _tape(model, [output, *(tap.tensor for tap in taps)], profile, samples)
+    tape = tape_of(model, [output, *(tap.tensor for tap in taps)], profile, samples)
     seed = seed_of(tape, output, link)
     adjoints = differentiate(tape, {output: seed}, list(dict.fromkeys(tap.tensor for tap in taps)))
     for tap in taps:
@@ -98,7 +98,7 @@ def adjoint_model(
     Raises:
         InputError: as for :func:`gradient_model`.
     """
-    tape = _tape(model, [output, *tensors, *read], None, samples)
+    tape = tape_of(model, [output, *tensors, *read], None, samples)
     adjoints = differentiate(tape, {output: seed_of(tape, output, link)}, list(dict.fromkeys(tensors)))
     felt = [tensor for tensor in dict.fromkeys(tensors) if tensor in adjoints]
     for tensor in felt:
@@ -107,7 +107,7 @@ def adjoint_model(
     return _closed(tape, output, [helper.make_empty_tensor_value_info(name) for name in names]), frozenset(felt)
 
 
-def _tape(model: Model, tensors: Sequence[str], profile: Profile | None, samples: Mapping[str, np.ndarray] | None) -> Tape:
+def tape_of(model: Model, tensors: Sequence[str], profile: Profile | None, samples: Mapping[str, np.ndarray] | None) -> Tape:
     lowered = _with_scatter_add(lower(model))
     if profile is None or lowered is not model:
         profile = take_profile(lowered, samples)

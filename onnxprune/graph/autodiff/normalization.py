@@ -21,12 +21,16 @@ def layer_normalization(tape: Tape, node: Node, dy: str) -> Adjoints:
     # Saved statistics are single precision whatever the type of x.
     dtype = tape.type_of(x) or TensorProto.FLOAT
     mean, inverse = (name if dtype == TensorProto.FLOAT else tape.op("Cast", name, to=dtype) for name in outputs[1:3])
-    scaled = tape.op("Mul", dy, node.inputs[1])
     centred = tape.op("Sub", x, mean)
+    adjoints = _affine(tape, node, dy, tape.op("Mul", centred, inverse), axes)
+    if not tape.wants(node, 0):
+        return adjoints
+    scaled = tape.op("Mul", dy, node.inputs[1])
     shift = tape.reduce("ReduceMean", scaled, axes, keepdims=True)
     along = tape.reduce("ReduceMean", tape.op("Mul", scaled, centred), axes, keepdims=True)
     pull = tape.op("Mul", centred, tape.op("Mul", along, tape.op("Mul", inverse, inverse)))
-    return {0: tape.op("Mul", tape.op("Sub", tape.op("Sub", scaled, shift), pull), inverse)}
+    adjoints[0] = tape.op("Mul", tape.op("Sub", tape.op("Sub", scaled, shift), pull), inverse)
+    return adjoints
 
 
 @rule("RMSNormalization")
@@ -36,16 +40,30 @@ def rms_normalization(tape: Tape, node: Node, dy: str) -> Adjoints:
     square = tape.reduce("ReduceMean", tape.op("Mul", x, x), axes, keepdims=True)
     shifted = tape.op("Add", square, tape.scalar(float(node.attrs.get("epsilon", 1e-5)), x))
     inverse = tape.op("Reciprocal", tape.op("Sqrt", shifted))
+    adjoints = _affine(tape, node, dy, tape.op("Mul", x, inverse), axes)
+    if not tape.wants(node, 0):
+        return adjoints
     scaled = tape.op("Mul", dy, node.inputs[1])
     along = tape.reduce("ReduceMean", tape.op("Mul", scaled, x), axes, keepdims=True)
     pull = tape.op("Mul", x, tape.op("Div", along, shifted))
-    return {0: tape.op("Mul", tape.op("Sub", scaled, pull), inverse)}
+    adjoints[0] = tape.op("Mul", tape.op("Sub", scaled, pull), inverse)
+    return adjoints
+
+
+def _affine(tape: Tape, node: Node, dy: str, unit: str, axes: list[int]) -> dict[int, str]:
+    """Adjoints of the scale and the shift that follow the normalized value ``unit``."""
+    adjoints = {}
+    for slot in (1, 2):
+        if tape.wants(node, slot):
+            if tape.rank(node.inputs[slot]) != len(axes):
+                raise MissingGradient(node, "its scale or shift is broadcast along normalized axes")
+            part = tape.op("Mul", dy, unit) if slot == 1 else dy
+            adjoints[slot] = tape.sum_to(part, node.inputs[slot], node.outputs[0])
+    return adjoints
 
 
 def _normalized(tape: Tape, node: Node) -> tuple[str, list[int]]:
     """(input, normalized axes)."""
-    if tape.wants(node, 1) or tape.wants(node, 2):
-        raise MissingGradient(node, "its scale or bias depends on a mask")
     rank = tape.rank(node.inputs[0])
     return node.inputs[0], list(range(int(node.attrs.get("axis", -1)) % rank, rank))
 
