@@ -23,12 +23,14 @@ from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.canonical import canonicalise, check_float
 from onnxprune.graph.depth import with_depths
 from onnxprune.graph.explain import explain
+from onnxprune.graph.hidden import Narrowing, narrow
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.paged import open_model
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of, take_profile
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
+from onnxprune.graph.stream import find_streams
 from onnxprune.graph.token_policy import POLICIES
 from onnxprune.graph.turning import turned
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
@@ -36,7 +38,7 @@ from onnxprune.importance.registry import CRITERIA
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish, shipped
 from onnxprune.passes.base import exact
-from onnxprune.passes.decision import HELD_BACK, Decision
+from onnxprune.passes.decision import HELD_BACK, Decision, split
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.manager import MISS, decide
 from onnxprune.passes.scope import Settings, Study, understand
@@ -107,6 +109,7 @@ def settings(
     keep_ids: str | os.PathLike[str] | None = None,
     vocab_map: VocabMap = "graph",
     token_policy: TokenPolicy = "auto",
+    hidden_keep: float | str | None = None,
     uniform: bool = False,
     protect_classes: bool = False,
 ) -> Settings:
@@ -166,6 +169,7 @@ def settings(
         vocab_map=vocab_map,
         token_policy=token_policy,
         protect_classes=protect_classes,
+        hidden_keep=_hidden_keep(hidden_keep, passes),
     )
 
 
@@ -179,6 +183,18 @@ def _pipeline(passes: Iterable[str] | None, preset: str | None, uniform: bool) -
     if passes is not None:
         raise InputError(f"--preset {preset} stands for --passes {','.join(PRESETS[preset])} with equal layers; give one of the two")
     return PRESETS[preset], True
+
+
+def _hidden_keep(value: float | str | None, passes: Iterable[str]) -> float:
+    """The share of directions that stay, three quarters if nothing is said."""
+    share = parse_share(value, "--hidden-keep")
+    if share is None:
+        return 0.75
+    if "hidden" not in passes:
+        raise InputError(f"--hidden-keep {value} says how, but hidden is not among the passes: --passes {','.join((*passes, 'hidden'))}")
+    if not share:
+        raise InputError("--hidden-keep 0% leaves nothing; write a share such as 75%")
+    return share
 
 
 def parse_share(value: float | str | None, option: str) -> float | None:
@@ -256,7 +272,7 @@ def prune(
     folder = run_output(run_dir, inputs) if run_dir is not None else None
     decision = decide(*prepared(given, calib, chosen), chosen, progress)
     record = new_record(decision, chosen, started, command)
-    if dry_run or (decision.already_met and not write_unpruned and not decision.plan.vocabularies):
+    if dry_run or (decision.already_met and not write_unpruned and not decision.study.smaller):
         leave(folder, decision, record)
         return PruneResult(decision.plan, None, record)
     tell = progress or (lambda what, done, total: None)
@@ -325,6 +341,9 @@ def apply(
     if decided.vocabularies:
         canonical = cut_vocabulary(canonical, decided.vocabularies)
         profile = take_profile(canonical, feeds_of_shapes(given, decided.example))
+    if decided.streams:
+        narrowings = [Narrowing(name, basis) for name, basis in decided.streams.items()]
+        canonical, profile = narrow(canonical, profile, narrowings, feeds_of_shapes(given, decided.example))
     anatomy = study(canonical, profile)
     if decided.bases:
         anatomy = turned(with_depths(anatomy, {name.rsplit(".", 1)[1] for name in decided.bases}), decided.bases)
@@ -362,6 +381,8 @@ def inspect(
     anatomy = with_depths(study(canonical, profile))
     feeds = request_feeds(canonical, data or made_up(canonical), {name: tuple(shape) for name, shape in (input_shapes or {}).items()})
     macs = count_macs(canonical, shapes_of(canonical, feeds))
+    streams, unturned = find_streams(anatomy.view, profile)
+    known = replace(anatomy, refusals=(*anatomy.refusals, *unturned))
     total = max(sum(macs.values()), 1)
     sites: list[dict[str, Any]] = [
         {
@@ -387,8 +408,12 @@ def inspect(
         "inputs": {name: list(array.shape) for name, array in feeds.items()},
         "macs": total,
         "sites": sites,
+        "streams": [
+            {"stream": item.name, "width": item.width, "norms": len(set(item.norms)), "products_added": len(item.bridges)}
+            for item in streams
+        ],
         "refusals": [refusal.as_dict() for refusal in anatomy.refusals],
-        **({"why": [answer.as_dict() for answer in explain(anatomy, why, given)]} if why is not None else {}),
+        **({"why": [answer.as_dict() for answer in explain(known, why, given)]} if why is not None else {}),
     }
 
 
@@ -516,8 +541,9 @@ def _same(decision: Decision, rows: CalibrationData, chosen: Settings) -> None:
 
 
 def _final_name(decision: Decision) -> str:
-    """What the benchmark calls the model that is shipped: "pruned + tokens + int8", "int8", "fewer words", "finished copy"."""
+    """What the benchmark calls the model that is shipped: "pruned + tokens + int8", "narrow", "fewer words", "finished copy"."""
     parts = ["pruned"] if any(decision.plan.removed.values()) else []
+    parts += ["narrow"] if decision.plan.streams else []
     parts += ["tokens"] if decision.plan.tokens is not None else []
     parts += [name for name in decision.plan.rewrites if name not in exact(decision.plan.rewrites)]
     return " + ".join(parts) or ("fewer words" if decision.plan.vocabularies else "finished copy")
@@ -554,7 +580,8 @@ def prepared(given: Model, calib: Any, chosen: Settings) -> tuple[Study, Calibra
     # Ids of all rows count, not only of those that decide.
     corpus = load_calibration(calib, given) if "vocab" in chosen.passes and calib != RANDOM else None
     data = _judged(load_calibration(calib if corpus is None else corpus, given, samples=most, seed=chosen.recipe.seed), chosen)
-    return understand(given, chosen, examples(data), corpus), data
+    deciding = split(data, chosen)[0] if "hidden" in chosen.passes and calib != RANDOM else None
+    return understand(given, chosen, examples(data), corpus, deciding), data
 
 
 def _judged(data: CalibrationData, chosen: Settings) -> CalibrationData:

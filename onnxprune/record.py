@@ -96,6 +96,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             "map": decision.study.words.place,
             "tables": [covered.as_dict() for covered in decision.study.words.coverage],
         },
+        "hidden": decision.study.streams.as_dict() if decision.study.streams else [],
         "tokens": {
             "chosen": None if decision.plan.tokens is None else decision.plan.tokens.as_dict(),
             "schedules": [schedule.as_dict() for schedule in decision.shipping.schedules],

@@ -212,6 +212,12 @@ deciding_options = stack(
         help="Who maps token ids to the rows that the vocab pass keeps: the model, or your tokenizer by OUT.vocab.json.",
     ),
     option(
+        "--hidden-keep",
+        heading="What to prune",
+        metavar="SHARE",
+        help="How much of the residual stream's width the hidden pass keeps, such as 75%, which is the default.",
+    ),
+    option(
         "--token-policy",
         heading="What to prune",
         type=click.Choice(["auto", "drop", "package", "merge"]),

@@ -79,6 +79,17 @@ class VocabularyPass:
 
 
 @dataclass(frozen=True)
+class StreamPass:
+    """Narrows residual streams to the share asked for; everything after it sees the narrow model."""
+
+    name: str
+    summary: str
+    detail: str
+    kind: str = "hidden"
+    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
+
+
+@dataclass(frozen=True)
 class TokenPass:
     """Lets tokens leave behind attentions; how many where is decided by measurement and stands in the plan."""
 
@@ -89,7 +100,7 @@ class TokenPass:
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
 
 
-Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass | TokenPass
+Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass | StreamPass | TokenPass
 
 
 @cache
@@ -100,11 +111,12 @@ def registry() -> Mapping[str, Pass]:
     from onnxprune.passes.ffn import FFN
     from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
     from onnxprune.passes.heads import HEADS
+    from onnxprune.passes.hidden import HIDDEN
     from onnxprune.passes.numbers import FP16, INT4, INT8
     from onnxprune.passes.tokens import TOKENS
     from onnxprune.passes.vocab import VOCAB
 
-    built_in = (HEADS, FFN, CHANNELS, QK, VO, TOKENS, INT8, INT4, FP16, VOCAB, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    built_in = (HEADS, FFN, CHANNELS, QK, VO, TOKENS, INT8, INT4, FP16, VOCAB, HIDDEN, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()

@@ -94,6 +94,7 @@ def write_plan(
         example=dict(example),
         changes=student.changes,
         bases=study.bases,
+        streams={item.stream: item.basis for item in study.streams.narrowings} if study.streams else {},
     )
 
 

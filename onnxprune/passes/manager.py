@@ -63,8 +63,8 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     """
     if settings.protect_classes and not study_.sites:
         raise InputError("--protect-classes chooses which units go, but no pass that removes units runs: name heads, ffn or channels")
-    if not (study_.sites or study_.integers or study_.tokens or study_.words.vocabularies or settings.target.auto):
-        known = "name heads, ffn, channels, tokens, vocab or int8 as well"
+    if not (study_.sites or study_.integers or study_.tokens or study_.smaller or settings.target.auto):
+        known = "name heads, ffn, channels, tokens, vocab, hidden or int8 as well"
         raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: {known}")
     return next(_Search(study_, data, settings, progress).run([settings.target]))
 
@@ -131,7 +131,7 @@ class _Search:
     def _refuse(self, refusal: Refusal, *, others: bool) -> None:
         """Say that a pass does not do its part; an error if there is nothing else to do."""
         self.refusals = (*self.refusals, refusal)
-        if not (others or self.study.sites or self.study.rewrites or self.study.words.vocabularies):
+        if not (others or self.study.sites or self.study.rewrites or self.study.smaller):
             raise NothingPrunable(str(refusal))
 
     def _schedules(self) -> tuple[Schedule, ...] | Refusal:

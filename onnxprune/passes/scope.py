@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.objective import LossSource, Objective, Purpose
+from onnxprune.calibration.objective import LossSource, Objective, Purpose, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal
 from onnxprune.graph.anatomy import Anatomy, Site, study
 from onnxprune.graph.canonical import canonicalise, check_float
@@ -19,7 +19,8 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
 from onnxprune.graph.turning import Bases
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
-from onnxprune.passes.base import IntegerPass, RewritePass, TokenPass, VocabularyPass, WidthPass, ordered, select
+from onnxprune.passes.base import IntegerPass, RewritePass, StreamPass, TokenPass, VocabularyPass, WidthPass, ordered, select
+from onnxprune.passes.hidden import Narrowed, narrow_streams
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.tokens import TokenPolicy
 from onnxprune.passes.vocab import Reduction, choose_vocabularies
@@ -50,6 +51,7 @@ class Settings:
     vocab_map: VocabMap = "graph"
     token_policy: TokenPolicy = "auto"
     protect_classes: bool = False
+    hidden_keep: float = 0.75
 
     def may_time(self, model: Model) -> bool:
         """Whether whole sessions of ``model`` may be open side by side: not of a large one, unless milliseconds are what was asked for."""
@@ -61,8 +63,8 @@ class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
     ``rewrites`` are the passes asked for that change the finished graph, ``integers`` and ``tokens`` whether int8 and tokens are. ``words``
-    says which rows of word tables went, and ``whole`` is the canonical graph with all of them. ``bases`` are turns inside heads that
-    ``anatomy`` has taken, none before the search has looked at data.
+    says which rows of word tables went, ``streams`` how residual streams became narrower, and ``whole`` is the canonical graph before that.
+    ``bases`` are turns inside heads that ``anatomy`` has taken, none before the search has looked at data.
     """
 
     given: Model
@@ -75,16 +77,27 @@ class Study:
     words: Reduction = field(default_factory=Reduction)
     bases: Bases = field(default_factory=dict)
     tokens: bool = False
+    streams: Narrowed | None = None
+
+    @property
+    def smaller(self) -> bool:
+        """Whether the model has lost something before the search began."""
+        return bool(self.words.vocabularies or (self.streams and self.streams.narrowings))
 
 
 def understand(
-    given: Model, settings: Settings, samples: Mapping[str, np.ndarray] | None = None, corpus: CalibrationData | None = None
+    given: Model,
+    settings: Settings,
+    samples: Mapping[str, np.ndarray] | None = None,
+    corpus: CalibrationData | None = None,
+    data: CalibrationData | None = None,
 ) -> Study:
     """Canonicalise, cut word tables, find sites, apply the passes' scope and the keep/exclude patterns.
 
     Args:
         samples: real inputs, for models that do not run on made-up ones.
         corpus: rows whose token ids keep their embeddings; None where the data means nothing.
+        data: rows that decide, for passes that look at activations before the search.
 
     Raises:
         InputError: a pattern matches nothing, an unknown pass, a model in a form that cannot be pruned.
@@ -111,16 +124,29 @@ def understand(
         profile = take_profile(canonical, samples) if words.vocabularies else profile
     kinds = {item.kind for item in widths}
     anatomy = study(canonical, profile)
+    streams = None
+    if any(isinstance(item, StreamPass) for item in passes):
+        if data is None:
+            raise InputError("hidden chooses its directions by data: give real data with --calib")
+        objective = choose_objective(anatomy, settings.output, data.labels, settings.purpose)
+        streams = narrow_streams(canonical, profile, data, objective, settings.hidden_keep, settings.runtime, samples)
+        if not streams.narrowings and not (words.vocabularies or widths or integers or tokens or rewrites):
+            raise NothingPrunable("\n  ".join(["nothing to prune for hidden:", *map(str, streams.refusals)]))
+        anatomy = study(streams.model, streams.profile) if streams.narrowings else anatomy
     if kinds & set(DEPTHS):
         anatomy = with_depths(anatomy, kinds)
     found = [site for site in anatomy.sites if site.kind in kinds]
     sites = _scope(found, settings)
-    refusals = (*(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds)), *words.refusals)
+    refusals = (
+        *(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds)),
+        *words.refusals,
+        *(streams.refusals if streams else ()),
+    )
     if found and not sites:
         raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
-    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens)
+    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens, streams=streams)
 
 
 def leading_to(study_: Study, objective: Objective) -> Study:

@@ -21,7 +21,8 @@ from onnxprune.graph.vocabulary import VocabMap, Vocabulary
 from onnxprune.quantize.form import Int8Form
 
 SCHEMA = "onnxprune.plan/1"
-_FACTORS, _INTEGERS, _READS, _BASIS = "factors", "integers", "reads", "basis"
+_FACTORS, _INTEGERS, _READS, _BASIS, _STREAM = "factors", "integers", "reads", "basis", "stream"
+_KINDS = (_FACTORS, _INTEGERS, _READS, _BASIS, _STREAM)
 Changes = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -34,7 +35,8 @@ class Plan:
     does); ``vocabularies`` the rows that stay in tables of words, and ``vocab_map`` who maps ids to them;
     ``tokens`` which tokens leave where (None: none); ``example`` the shapes of inputs
     the model is known to run on; ``changes`` the compensated constants by (node name, input slot); ``bases`` the turns inside attention
-    heads, of which ``kept`` counts the directions, by site. These, the smoothing factors and
+    heads, of which ``kept`` counts the directions, by site; ``streams`` the bases of narrow residual streams, [width before, width after].
+    These, the smoothing factors and
     rounded weights of ``int8`` and the rows that ids read are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash
     in it.
     """
@@ -58,6 +60,7 @@ class Plan:
     example: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
     bases: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    streams: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def removed(self) -> dict[str, int]:
@@ -78,6 +81,7 @@ class Plan:
         ]
         if self.tokens is not None and self.tokens.cuts:
             lines.append(f"tokens ({self.tokens.policy}): {self.tokens.describe()}")
+        lines += [f"{name}: {basis.shape[1]:,} of {basis.shape[0]:,} directions stay" for name, basis in self.streams.items()]
         if self.int8 is not None:
             tables = f" and {len(self.int8.tables)} embedding tables" if self.int8.tables else ""
             lines.append(f"{len(self.int8.products)} products{tables} in int8: {self.int8.describe()}")
@@ -85,7 +89,7 @@ class Plan:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        content = {name: value for name, value in asdict_shallow(self).items() if name not in ("changes", "bases")}
+        content = {name: value for name, value in asdict_shallow(self).items() if name not in ("changes", "bases", "streams")}
         content["refusals"] = [refusal.as_dict() for refusal in self.refusals]
         content["kept"] = {site: list(units) for site, units in self.kept.items()}
         content["example"] = {name: list(shape) for name, shape in self.example.items()}
@@ -100,10 +104,11 @@ class Plan:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that is stored beside the JSON file: compensated constants, bases of heads, smoothing factors, rounded weights, ids."""
+        """All that is stored beside the JSON file: compensated constants, bases of heads and streams, smoothing factors, integers, ids."""
         constants = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
         constants |= {f"{number}:{_READS}": words.reads for number, words in enumerate(self.vocabularies)}
         constants |= {f"{site}:{_BASIS}": basis for site, basis in self.bases.items()}
+        constants |= {f"{name}:{_STREAM}": basis for name, basis in self.streams.items()}
         if self.int8 is None:
             return constants
         factors = {f"{tensor}:{_FACTORS}": array for tensor, array in self.int8.factors.items()}
@@ -205,7 +210,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     wanted = content.pop("compensation_sha256", None)
     content.pop("schema")
     try:
-        constants, named = _read_arrays(weights_beside(source)) if wanted else ({}, {_FACTORS: {}, _INTEGERS: {}, _READS: {}, _BASIS: {}})
+        constants, named = _read_arrays(weights_beside(source)) if wanted else ({}, {kind: {} for kind in _KINDS})
         plan = Plan(
             **{
                 **content,
@@ -224,6 +229,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "tokens": TokenPlan.from_dict(content["tokens"]) if content["tokens"] is not None else None,
                 "changes": constants,
                 "bases": named[_BASIS],
+                "streams": named[_STREAM],
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -236,11 +242,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, dict[str, np.ndarray]]]:
-    """Compensated constants by (node, slot); by kind smoothing factors by tensor, integers by node, rows of ids, bases by site."""
+    """Compensated constants by (node, slot); by kind factors by tensor, integers by node, rows of ids, bases by site and stream."""
     if not path.is_file():
         raise InputError(f"the plan needs its weights: {path} is missing; copy it next to the plan")
     constants: dict[tuple[str, int], np.ndarray] = {}
-    named: dict[str, dict[str, np.ndarray]] = {_FACTORS: {}, _INTEGERS: {}, _READS: {}, _BASIS: {}}
+    named: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in _KINDS}
     for key, array in read_npz(path).items():
         name, slot = key.rsplit(":", 1)
         if slot in named:
