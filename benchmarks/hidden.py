@@ -11,12 +11,12 @@ import argparse
 from pathlib import Path
 
 from benchmarks.tasks import task
-from onnxprune.api import parse_share
 from onnxprune.calibration.objective import choose_objective
 from onnxprune.calibration.source import load_calibration
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import load
+from onnxprune.options import parse_share
 from onnxprune.passes import hidden
 from onnxprune.runtime.measure import ratio, time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run

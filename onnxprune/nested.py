@@ -16,16 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onnxprune.api import ModelSource, PruneResult, find_calibration, missed, over_limit, prepared, prove, save, settings
+from onnxprune.api import ModelSource, PruneResult, find_calibration, prepared
 from onnxprune.benchmark import Benchmark, benchmark
 from onnxprune.errors import InputError, OnnxPruneError
 from onnxprune.graph.model import Model, atomic_file, load
+from onnxprune.options import settings
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, shipped
 from onnxprune.passes.decision import Decision
 from onnxprune.passes.manager import decide_nested
 from onnxprune.passes.scope import Settings
 from onnxprune.passes.workbench import Progress
+from onnxprune.proof import missed, over_limit, prove, save
 from onnxprune.record import TOO_LARGE, leave, model_facts, new_record, plain
 from onnxprune.search.target import Quantity, Target, parse_target
 

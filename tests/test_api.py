@@ -15,12 +15,13 @@ import onnxruntime
 import pytest
 
 import onnxprune
-from onnxprune import api
-from onnxprune.api import PruneResult, parse_share, settings
+from onnxprune import api, proof
+from onnxprune.api import PruneResult
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.depth import with_depths
 from onnxprune.graph.model import Model, load
+from onnxprune.options import parse_share, settings
 from onnxprune.passes import manager
 from onnxprune.record import plain
 from onnxprune.verification import Fidelity
@@ -211,7 +212,7 @@ def test_a_slice_that_is_not_its_mask_is_never_written(model: Path, calib: Path,
     def wrong(*arguments: Any) -> Fidelity:
         return Fidelity(0.5, 1.0, 8, 1e-4)
 
-    monkeypatch.setattr(api, "masked_equals_sliced", wrong)
+    monkeypatch.setattr(proof, "masked_equals_sliced", wrong)
     with pytest.raises(GateError, match="this is a defect of onnxprune: no model was written"):
         onnxprune.prune(model, calib=calib, output=tmp_path / "small.onnx", keep_best=True, **QUICK)
     assert not (tmp_path / "small.onnx").exists()

@@ -32,8 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "benchmark": _DECIDE,
     "report": _DECIDE,
     "record": _DECIDE | {"report"},
-    "api": _DECIDE | _JUDGES | _RUN,
-    "nested": _DECIDE | _JUDGES | _RUN | {"api"},
+    "options": _DECIDE,
+    "proof": _DECIDE | {"verification"},
+    "api": _DECIDE | _JUDGES | _RUN | {"options", "proof"},
+    "nested": _DECIDE | _JUDGES | _RUN | {"api", "options", "proof"},
     "export": {"errors", "graph", "runtime", "outputs"},
     "cli": _DECIDE | _JUDGES | _RUN | {"api", "export", "nested"},
 }

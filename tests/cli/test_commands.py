@@ -15,8 +15,8 @@ import onnxruntime
 import pytest
 
 import onnxprune
-from onnxprune.api import PRESETS, settings
 from onnxprune.cli import main
+from onnxprune.options import PRESETS, settings
 from tests import zoo
 from tests.cli.cases import QUICK, contents, fill, run
 from tests.passes.cases import BERT, brief_benchmarks

@@ -9,11 +9,11 @@ import onnx
 import pytest
 
 import onnxprune
-from onnxprune.api import settings
 from onnxprune.errors import NothingPrunable
 from onnxprune.graph.macs import total_macs
 from onnxprune.graph.model import load
 from onnxprune.graph.profile import shapes_of
+from onnxprune.options import settings
 from onnxprune.passes.scope import understand
 from tests.graph.convnet import SIDE, build
 from tests.graph.net import Net

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import onnxprune
-from onnxprune.api import settings
 from onnxprune.errors import InputError, NothingPrunable
 from onnxprune.graph.depth import with_depths
 from onnxprune.graph.macs import total_macs
@@ -16,6 +15,7 @@ from onnxprune.graph.model import load
 from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.turning import turned
+from onnxprune.options import settings
 from onnxprune.passes.depth import choose_bases
 from onnxprune.passes.scope import understand
 from onnxprune.runtime.session import RuntimeOptions, open_session, run

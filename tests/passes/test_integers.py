@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxprune.api import settings
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import NothingPrunable, TargetError
 from onnxprune.graph.model import load
+from onnxprune.options import settings
 from onnxprune.passes import manager, shipping
 from onnxprune.passes.apply import execute
 from onnxprune.passes.decision import Decision

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxprune.api import settings
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.model import Model, load
+from onnxprune.options import settings
 from onnxprune.passes import manager
 from onnxprune.passes.apply import execute
 from onnxprune.passes.decision import Decision, split, summary

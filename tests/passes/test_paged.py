@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import onnxprune
-from onnxprune.api import settings
 from onnxprune.graph import paged, storage
 from onnxprune.graph.model import load
+from onnxprune.options import settings
 from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.workbench import Workbench, dense_student
 from onnxprune.runtime.session import open_session, run
