@@ -357,9 +357,12 @@ def test_a_provider_that_is_not_there(folder: Path, provider: str) -> None:
 
 def test_control_c_is_no_accident(folder: Path) -> None:
     """A real interrupt in a real process, in the middle of reading the data."""
-    (folder / "rows.py").write_text("import os, signal, time\ndef rows():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)\n")
+    # A background job of a shell starts with interrupts ignored; the process here shall not.
+    source = "import os, signal, time\n\ndef rows():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)\n"
+    (folder / "rows.py").write_text(source)
+    heard = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('onnxprune', alter_sys=True)"
     before = contents(folder)
-    words = [sys.executable, "-m", "onnxprune", "model.onnx", "--calib", "rows.py:rows", *QUICK]
+    words = [sys.executable, "-c", heard, "model.onnx", "--calib", "rows.py:rows", *QUICK]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130, done.stderr
