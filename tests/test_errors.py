@@ -360,7 +360,7 @@ def test_control_c_is_no_accident(folder: Path) -> None:
     # A background job of a shell starts with interrupts ignored; the process here shall not.
     source = "import os, signal, time\n\ndef rows():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)\n"
     (folder / "rows.py").write_text(source)
-    heard = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('onnxprune', run_name='__main__')"
+    heard = "import signal, onnxprune.cli; signal.signal(signal.SIGINT, signal.default_int_handler); onnxprune.cli.main()"
     before = contents(folder)
     words = [sys.executable, "-c", heard, "model.onnx", "--calib", "rows.py:rows", *QUICK]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
