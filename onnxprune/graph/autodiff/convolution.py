@@ -217,15 +217,55 @@ def global_max_pool(tape: Tape, node: Node, dy: str) -> Adjoints:
 
 @rule("Resize", "Upsample")
 def resize(tape: Tape, node: Node, dy: str) -> Adjoints:
-    """Nearest neighbour by whole factors: every place gets what its copies get."""
+    """Interpolation is one matrix per axis of places: the adjoint takes the other side of each.
+
+    Nearest neighbours by whole factors need none: every place gets what its copies get.
+    """
     x = node.inputs[0]
     before, after = tape.dims(x), tape.dims(node.outputs[0])
+    changed = [axis for axis in range(tape.rank(x)) if any(old[axis] != new[axis] for old, new in zip(before, after, strict=True))]
+    if any(axis < 2 for axis in changed) or "axes" in node.attrs or node.attrs.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        raise MissingGradient(node, "only places of an image are covered, one size or scale for each axis")
+    if node.attrs.get("coordinate_transformation_mode") == b"tf_crop_and_resize":
+        raise MissingGradient(node, "crops of regions are not covered")
     factors = [new // old for old, new in zip(before[0], after[0], strict=True)]
     whole = all(old * factor == new for dims in zip(before, after, strict=True) for old, new, factor in zip(*dims, factors, strict=True))
-    if node.attrs.get("mode", b"nearest") != b"nearest" or not whole or factors[:2] != [1, 1] or not _copies(node, factors):
-        raise MissingGradient(node, "only nearest neighbours by whole factors are covered")
-    window = factors[2:]
-    return {0: tape.scaled(tape.op("AveragePool", dy, kernel_shape=window, strides=window), float(prod(window)), x)}
+    if node.attrs.get("mode", b"nearest") == b"nearest" and whole and _copies(node, factors):
+        window = factors[2:]
+        return {0: tape.scaled(tape.op("AveragePool", dy, kernel_shape=window, strides=window), float(prod(window)), x)}
+    for axis in changed:
+        dy = _along(tape, dy, axis, tape.rank(x), _interpolation(tape, node, axis))
+    return {0: dy}
+
+
+def _interpolation(tape: Tape, node: Node, axis: int) -> str:
+    """[size before, size after]: what the operator makes, along one axis, of every unit vector. Whatever its mode is, it is linear."""
+    x, rank, one = node.inputs[0], tape.rank(node.inputs[0]), tape.int64([1])
+    size, resized = tape.size_of(x, axis), tape.size_of(node.outputs[0], axis)
+
+    def alone(value: str, other: str) -> list[str]:
+        return [value if place == axis else other for place in range(2, rank)]
+
+    units = tape.op("EyeLike", tape.constant_of(1.0, tape.op("Concat", size, size, axis=0), x))
+    images = tape.op("Reshape", units, tape.op("Concat", size, one, *alone(size, one), axis=0))
+    operands = list(node.inputs[1:])
+    if len(operands) > 2 and operands[2]:
+        operands[2] = tape.op("Concat", size, one, *alone(resized, one), axis=0)
+    else:
+        slot = 1 if len(operands) > 1 else 0
+        same = tape.array(np.ones(1, np.float32))
+        scale = tape.op("Gather", operands[slot], tape.int64([axis]), axis=0)
+        operands[slot] = tape.op("Concat", same, same, *alone(scale, same), axis=0)
+    made = tape.op(node.op, images, *operands, **node.attrs)
+    return tape.op("Reshape", made, tape.op("Concat", size, resized, axis=0))
+
+
+def _along(tape: Tape, dy: str, axis: int, rank: int, matrix: str) -> str:
+    """``dy`` with the places of an axis, [after] in the matrix, summed to [before]."""
+    order = list(range(rank))
+    order[axis], order[-1] = order[-1], order[axis]
+    product = tape.op("MatMul", tape.transpose(dy, order), tape.transpose(matrix, [1, 0]))
+    return tape.transpose(product, order)
 
 
 def _copies(node: Node, factors: list[int]) -> bool:

@@ -117,8 +117,44 @@ def test_nearest_neighbours_by_whole_factors() -> None:
     for mode, rounding in (("half_pixel", "round_prefer_floor"), ("asymmetric", "floor")):
         model = one("Resize", None, scales, mode="nearest", coordinate_transformation_mode=mode, nearest_mode=rounding)
         compare(model, lambda x: F.interpolate(x, scale_factor=(2, 3), mode="nearest"))
-    with pytest.raises(MissingGradient, match="nearest neighbours by whole factors"):
-        compare(one("Resize", None, scales, mode="linear"), lambda x: F.interpolate(x, scale_factor=(2, 3)))
+
+
+@pytest.mark.parametrize("scales", [(2.0, 3.0), (0.5, 1.7), (1.0, 1.5)])
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_interpolation_by_any_factor(mode: str, scales: tuple[float, float]) -> None:
+    where = "asymmetric" if mode == "nearest" else "half_pixel"
+    model = one(
+        "Resize",
+        None,
+        np.array([1, 1, *scales], np.float32),
+        mode=mode,
+        coordinate_transformation_mode=where,
+        nearest_mode="floor",
+        cubic_coeff_a=-0.75,
+    )
+    name = {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}[mode]
+    further = {} if mode == "nearest" else {"align_corners": False}
+    compare(model, lambda x: F.interpolate(x, scale_factor=scales, mode=name, recompute_scale_factor=False, **further))
+
+
+def test_interpolation_to_sizes_that_the_graph_computes() -> None:
+    sizes = np.array([2, 3], np.int64)
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Mul", ["shape", "factors"], ["sizes"]),
+        helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], mode="linear", coordinate_transformation_mode="align_corners"),
+    ]
+    model = one("Resize", None, None, np.array([1, 1, *sizes]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer[0].name = "factors"
+    compare(model, lambda x: F.interpolate(x, scale_factor=(2, 3), mode="bilinear", align_corners=True), (5, 4))
+
+
+def test_what_is_no_interpolation_of_places_has_no_gradient() -> None:
+    scales = np.array([1, 2, 1, 1], np.float32)
+    with pytest.raises(MissingGradient, match="only places of an image"):
+        compare(one("Resize", None, scales, mode="nearest"), lambda x: x.repeat_interleave(2, 1))
 
 
 @pytest.mark.parametrize("mode", ["DCR", "CRD"])
