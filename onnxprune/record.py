@@ -97,6 +97,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             "tables": [covered.as_dict() for covered in decision.study.words.coverage],
         },
         "hidden": decision.study.streams.as_dict() if decision.study.streams else [],
+        "polish": decision.polished.as_dict() if decision.polished else None,
         "tokens": {
             "chosen": None if decision.plan.tokens is None else decision.plan.tokens.as_dict(),
             "schedules": [schedule.as_dict() for schedule in decision.shipping.schedules],

@@ -314,5 +314,19 @@ CODES: dict[str, Code] = {
             "the best of 8 schedules runs at 0.98x of the speed with all tokens, for a request of 16 tokens",
             "leave tokens out; longer texts and larger images gain more",
         ),
+        Code(
+            "OP901",
+            "too large to train",
+            "A model above 1.5 GiB is read from disk piece by piece. An optimiser would need all its weights three times over.",
+            "the model is read from disk piece by piece, and its optimiser would need all of it",
+            "leave polish out; the re-fit works on models of any size",
+        ),
+        Code(
+            "OP902",
+            "no gradient of the weights",
+            "An operator between the weights and the output has no rule of differentiation, or no weight is a float matrix or bias.",
+            "operator Foo (node foo_1) has no gradient rule",
+            "leave polish out; the re-fit needs no gradients",
+        ),
     )
 }

@@ -1,7 +1,8 @@
 """What a pass is.
 
 A width pass offers sites to the one search, the integer pass decides which products compute in int8, the token pass lets tokens leave
-between blocks, the vocabulary pass cuts word tables before anything else is decided, and a rewrite pass changes the finished graph: exact
+between blocks, the vocabulary pass cuts word tables before anything else is decided, polish trains what the search
+found, and a rewrite pass changes the finished graph: exact
 ones keep its meaning, the others compute it in other numbers.
 """
 
@@ -100,7 +101,18 @@ class TokenPass:
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
 
 
-Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass | StreamPass | TokenPass
+@dataclass(frozen=True)
+class PolishPass:
+    """Trains the weights of the model that the search found, before it is put into other numbers."""
+
+    name: str
+    summary: str
+    detail: str
+    kind: str = "polish"
+    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration", "gradients")
+
+
+Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass | StreamPass | TokenPass | PolishPass
 
 
 @cache
@@ -113,10 +125,12 @@ def registry() -> Mapping[str, Pass]:
     from onnxprune.passes.heads import HEADS
     from onnxprune.passes.hidden import HIDDEN
     from onnxprune.passes.numbers import FP16, INT4, INT8
+    from onnxprune.passes.polish import POLISH
     from onnxprune.passes.tokens import TOKENS
     from onnxprune.passes.vocab import VOCAB
 
-    built_in = (HEADS, FFN, CHANNELS, QK, VO, TOKENS, INT8, INT4, FP16, VOCAB, HIDDEN, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
+    removing = (HEADS, FFN, CHANNELS, QK, VO, TOKENS, VOCAB, HIDDEN)
+    built_in = (*removing, POLISH, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         item = entry.load()

@@ -13,6 +13,7 @@ from onnxprune.calibration.objective import Objective
 from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.slicing import cuts_of
+from onnxprune.passes.polish import Polished
 from onnxprune.passes.scope import Settings, Study
 from onnxprune.passes.shipping import Shipping
 from onnxprune.passes.workbench import Recipe, Student
@@ -44,6 +45,7 @@ class Decision:
     trail: tuple[dict[str, Any], ...]
     shipping: Shipping
     refusals: tuple[Refusal, ...]
+    polished: Polished | None = None
 
 
 def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:

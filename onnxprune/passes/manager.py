@@ -26,6 +26,7 @@ from onnxprune.passes.choice import choose, offers_of
 from onnxprune.passes.decision import Decision, split, write_plan
 from onnxprune.passes.depth import with_turned_heads
 from onnxprune.passes.int8 import timed
+from onnxprune.passes.polish import Polished, polish
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import Descent, cut, descend, rounds_to, score
 from onnxprune.passes.scope import Settings, Study, leading_to
@@ -117,6 +118,7 @@ class _Search:
             self.bench.targets.classes()
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
+        self.polished: Polished | None = None
         self._known_scores: Scores | None = None
         self.refusals = study_.refusals
         self.shipping, refusal = choose_shipping(study_, self.bench, self.objective, self.calibration, self.judges, self.request, settings)
@@ -155,14 +157,15 @@ class _Search:
         if self.settings.target.auto or self.settings.protect_classes:
             return held // 2
         timed = _UNITS[self.settings.target.quantity] == "ms"
-        return max(min(held // 4, _JUDGES), 1) if (self.study.integers or timed) and held > 1 else 0
+        judged = self.study.integers or self.study.polish or timed
+        return max(min(held // 4, _JUDGES), 1) if judged and held > 1 else 0
 
     def run(self, targets: Sequence[Target]) -> Iterator[Decision]:
         """A decision for every target, each beginning at the units that the one before kept."""
         tables, given = self._costs()
         shipping, start = self.shipping, self.dense
         for target in targets:
-            self.settings, self.shipping, self.trail = replace(self.settings, target=target), shipping, []
+            self.settings, self.shipping, self.trail, self.polished = replace(self.settings, target=target), shipping, [], None
             decision = self._towards(tables, given, start)
             start = decision.student
             yield decision
@@ -188,7 +191,20 @@ class _Search:
             shape = tables.floats if self.shipping.scheme else None
             first = first if start is self.dense else None
             student, table, predicted, measured = self._reach_for_all_classes(table, given, goal, start, first, shape)
+        if self.study.polish:
+            student = self._polished(student)
         return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
+
+    def _polished(self, student: Student) -> Student:
+        if all(student.counts[site.name] == site.units for site in self.study.sites):
+            return student  # what lost nothing has nothing to learn
+        yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
+        found = polish(self.bench, student, self.calibration, yardstick)
+        if isinstance(found, Refusal):
+            self._refuse(found, others=True)
+            return student
+        student, self.polished = found
+        return student
 
     def _leave_tokens(self, tables: Tables, given: float, goal: float | None) -> Tables:
         """Decide how tokens leave, and measure anew what everything else costs then."""
@@ -536,4 +552,5 @@ class _Search:
             tuple(self.trail),
             self.shipping,
             self.refusals,
+            self.polished,
         )

@@ -176,6 +176,12 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept, done: Collection[str])
     return sorted(stages.values(), key=lambda stage: view.producer[stage.reader.target].index), skipped
 
 
+def followed(anatomy: Anatomy, student: Model, kept: Kept) -> list[str]:
+    """The tensors in which a student can follow its teacher: what the re-fit of each site comes nearer to, in the teacher's shape."""
+    stages, _ = _stages(anatomy, student, kept, ())
+    return list(dict.fromkeys(stage.reader.target for stage in stages if stage.stays is None))
+
+
 def student_reader(
     anatomy: Anatomy, site: Site, consumer: Consumer, view: GraphView, node_of: Mapping[str, Node], kept: Kept
 ) -> Reader | str:

@@ -19,7 +19,7 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
 from onnxprune.graph.turning import Bases
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
-from onnxprune.passes.base import IntegerPass, RewritePass, StreamPass, TokenPass, VocabularyPass, WidthPass, ordered, select
+from onnxprune.passes.base import IntegerPass, PolishPass, RewritePass, StreamPass, TokenPass, VocabularyPass, WidthPass, ordered, select
 from onnxprune.passes.hidden import Narrowed, narrow_streams
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.tokens import TokenPolicy
@@ -62,9 +62,9 @@ class Settings:
 class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
-    ``rewrites`` are the passes asked for that change the finished graph, ``integers`` and ``tokens`` whether int8 and tokens are. ``words``
-    says which rows of word tables went, ``streams`` how residual streams became narrower, and ``whole`` is the canonical graph before that.
-    ``bases`` are turns inside heads that ``anatomy`` has taken, none before the search has looked at data.
+    ``rewrites`` are the passes asked for that change the finished graph, ``integers``, ``tokens`` and ``polish`` whether these are.
+    ``words`` says which rows of word tables went, ``streams`` how residual streams became narrower, and ``whole`` is the canonical graph
+    before that. ``bases`` are turns inside heads that ``anatomy`` has taken, none before the search has looked at data.
     """
 
     given: Model
@@ -78,6 +78,7 @@ class Study:
     bases: Bases = field(default_factory=dict)
     tokens: bool = False
     streams: Narrowed | None = None
+    polish: bool = False
 
     @property
     def smaller(self) -> bool:
@@ -146,7 +147,8 @@ def understand(
         raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
-    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens, streams=streams)
+    polish = any(isinstance(item, PolishPass) for item in passes)
+    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens, streams=streams, polish=polish)
 
 
 def leading_to(study_: Study, objective: Objective) -> Study:

@@ -251,6 +251,9 @@ def kept(record: Record) -> str:
     if chosen := (record.get("tokens") or {}).get("chosen"):
         behind = ", ".join(f"{percent(cut['share'])} behind attention {cut['block']}" for cut in chosen["cuts"])
         words.append(f"tokens that stay ({chosen['policy']}): {behind or 'all'}")
+    if polished := record.get("polish"):
+        fewer = f"divergence {polished['before']:.2g} to {polished['after']:.2g} on rows it did not see"
+        words.append(f"polished: {fewer}" if polished["epoch"] else "polish did not help and was left out")
     if (found := integers(record)) is not None:
         which = f"{found.count:,} of" if found.count < found.total else "all"
         words.append(f"{which} {found.total:,} products compute in int8 ({found.scheme})")

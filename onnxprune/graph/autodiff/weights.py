@@ -81,6 +81,7 @@ def weight_gradient_model(
     names: Sequence[str],
     output: str,
     link: Link,
+    hints: Sequence[str] = (),
     samples: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
     """A model that computes gradients of a loss, summed over the batch, by weights that are inputs.
@@ -92,25 +93,38 @@ def weight_gradient_model(
 
     Args:
         names: initializers, as :func:`parameters_of` finds them.
+        hints: tensors whose weighted half squared distance to ``onnxprune.target.<tensor>`` adds to the loss, by weights
+            ``onnxprune.weight.<tensor>`` of their shape without its last axis: what a teacher has there (Romero et al., ICLR 2015).
         samples: real inputs (axis 0 = samples) to profile with where made-up ones do not run.
 
     Raises:
         InputError: a tensor does not exist; an operator has no rule (:class:`MissingGradient`).
     """
-    tape = tape_of(model, [output], None, samples)
-    adjoints = differentiate(tape, {output: seed_of(tape, output, link)}, list(names))
+    tape = tape_of(model, [output, *hints], None, samples)
+    seeds = {output: seed_of(tape, output, link)} | {hint: _pull(tape, hint) for hint in hints}
+    adjoints = differentiate(tape, seeds, list(names))
     felt = [name for name in names if name in adjoints]
     for name in felt:
         tape.op("Identity", adjoints[name], output=GRADIENT + name)
-    return _closed(tape, output, felt)
+    return _closed(tape, output, felt, hints)
 
 
-def _closed(tape: Tape, output: str, felt: Sequence[str]) -> Model:
+def _pull(tape: Tape, hint: str) -> str:
+    """Adjoint of a hint: weight * (what is there - what should be)."""
+    weight = tape.unsqueeze(f"{WEIGHT}.{hint}", tape.rank(hint) - 1)
+    return tape.op("Mul", tape.op("Sub", hint, f"{TARGET}.{hint}"), weight)
+
+
+def _closed(tape: Tape, output: str, felt: Sequence[str], hints: Sequence[str]) -> Model:
     graph = tape.proto.graph
     graph.node.extend(tape.nodes)
     rank = tape.rank(output)
     graph.input.append(helper.make_tensor_value_info(TARGET, TensorProto.FLOAT, [None] * rank))
     graph.input.append(helper.make_tensor_value_info(WEIGHT, TensorProto.FLOAT, [None] * (rank - 1)))
+    for hint in hints:
+        ranks = tape.rank(hint)
+        graph.input.append(helper.make_tensor_value_info(f"{TARGET}.{hint}", TensorProto.FLOAT, [None] * ranks))
+        graph.input.append(helper.make_tensor_value_info(f"{WEIGHT}.{hint}", TensorProto.FLOAT, [None] * (ranks - 1)))
     del graph.output[:]
     graph.output.extend(helper.make_tensor_value_info(GRADIENT + name, TensorProto.FLOAT, tape.dims(name)[0]) for name in felt)
     closed = drop_dead(tape.model.with_proto(tape.proto)).copy_proto()

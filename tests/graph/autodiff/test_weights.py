@@ -115,6 +115,30 @@ def test_gradients_of_weights_are_those_of_torch(link: Link, dynamo: bool, tmp_p
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, np.abs(expected).max()), err_msg=name)
 
 
+def test_a_hint_pulls_what_lies_before_it_towards_its_target(tmp_path: Path) -> None:
+    net, ids = Block(), torch.randint(0, 20, (5, 6))
+    model = exported(net, ids, tmp_path / "m.onnx", True)
+    known = of_torch(net, model)
+    seen: list[torch.Tensor] = []
+    net.first.register_forward_hook(lambda module, given, made: seen.append(made))
+    y = net(ids)
+    target, there = torch.softmax(torch.randn_like(y), -1), torch.randn_like(seen[0])
+    share, weight = torch.rand(5), torch.rand(5, 6)
+    loss = (share * -(target * torch.log_softmax(y, -1)).sum(-1)).sum() + 0.5 * (weight * ((seen[0] - there) ** 2).sum(-1)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+
+    node = next(node for node in model.proto.graph.node if node.op_type == "LayerNormalization")
+    (hint,) = node.output[:1]
+    session = open_session(weight_gradient_model(model, list(known), model.output_names[0], "softmax", [hint]))
+    feeds = {model.input_names[0]: ids.numpy(), TARGET: target.numpy(), WEIGHT: share.numpy()}
+    feeds |= {f"{TARGET}.{hint}": there.numpy(), f"{WEIGHT}.{hint}": weight.numpy()}
+    feeds |= {name: initializer(model, name) for name in known}
+    for (name, (parameter, flipped)), found in zip(known.items(), run(session, feeds, [GRADIENT + name for name in known]), strict=True):
+        assert parameter.grad is not None
+        expected = parameter.grad.numpy().T if flipped else parameter.grad.numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, np.abs(expected).max()), err_msg=name)
+
+
 def test_trained_weights_of_a_convolution_are_refused(tmp_path: Path) -> None:
     model = exported(Patches(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", False)
     weight = next(node.input[1] for node in model.proto.graph.node if node.op_type == "Conv")

@@ -1,0 +1,93 @@
+"""Rows made of two: more inputs of the kind that a model knows, from few samples.
+
+A text begins as one sample and, behind a column where both have a real token, goes on as another; an image shows a box of a second one
+(CutMix, Yun et al., ICCV 2019). Nobody has to label them where the dense model says what it makes of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from onnxprune.calibration.data import CalibrationData
+
+_SHORT = 8
+"""Axes of fewer positions hold channels, not places."""
+
+
+def spliced(data: CalibrationData, rows: int, rng: np.random.Generator) -> CalibrationData | None:
+    """``rows`` new rows without labels; None where inputs are neither token ids nor images (or other arrays with places)."""
+    if len(data) < 2:
+        return None
+    first = rng.integers(0, len(data), rows)
+    second = (first + rng.integers(1, len(data), rows)) % len(data)
+    mask = _tokens(data)
+    if mask is not None:
+        return _texts(data, mask, first, second, rng)
+    if any(_places(array) for array in data.inputs.values()):
+        return _images(data, first, second, rng)
+    return None
+
+
+def joined(data: CalibrationData, more: CalibrationData | None) -> CalibrationData:
+    """The rows of both, without labels."""
+    if more is None:
+        return replace(data, labels=None)
+    masks = None if data.token_mask is None or more.token_mask is None else np.concatenate([data.token_mask, more.token_mask])
+    inputs = {name: np.concatenate([array, more.inputs[name]]) for name, array in data.inputs.items()}
+    return replace(data, inputs=inputs, labels=None, token_mask=masks)
+
+
+def _tokens(data: CalibrationData) -> np.ndarray | None:
+    """Which positions hold real tokens, bool [samples, tokens]; None if the inputs are no sequences of ids."""
+    if data.token_mask is not None:
+        return data.token_mask
+    ids = [array for array in data.inputs.values() if array.ndim == 2 and array.dtype.kind in "iu"]
+    return np.ones(ids[0].shape, bool) if ids and len(ids) == len(data.inputs) else None
+
+
+def _texts(data: CalibrationData, mask: np.ndarray, first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> CalibrationData:
+    # The first column stays that of the first sample: a class token belongs to the row, not to a text.
+    shared = mask[first] & mask[second]
+    shared[:, 0] = False
+    draws = np.where(shared, rng.random(shared.shape), -1.0)
+    width = mask.shape[1]
+    column = np.where(shared.any(axis=1), draws.argmax(axis=1), width)
+    behind = np.arange(width) >= column[:, None]
+    inputs = {}
+    for name, array in data.inputs.items():
+        axis = data.sequence_axes.get(name, 1)
+        if array.ndim <= axis or array.shape[axis] != width:
+            inputs[name] = array[first]
+            continue
+        chosen = behind.reshape([len(first), *(width if at == axis else 1 for at in range(1, array.ndim))])
+        inputs[name] = np.where(chosen, array[second], array[first])
+    token_mask = None if data.token_mask is None else np.where(behind, mask[second], mask[first])
+    return replace(data, inputs=inputs, labels=None, token_mask=token_mask)
+
+
+def _places(array: np.ndarray) -> list[int]:
+    """Axes along which an array shows places: of an image or a spectrogram, its height and width."""
+    if array.ndim < 3 or array.dtype.kind != "f":
+        return []
+    return [axis for axis in range(1, array.ndim) if array.shape[axis] >= _SHORT]
+
+
+def _images(data: CalibrationData, first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> CalibrationData:
+    inputs = {}
+    share = rng.random(len(first))
+    corner = rng.random((len(first), 8))
+    for name, array in data.inputs.items():
+        axes = _places(array)
+        mixed = array[first]
+        for row, (other, part) in enumerate(zip(second, share, strict=True)):
+            if axes:
+                box = [slice(None)] * (array.ndim - 1)
+                for axis in axes:
+                    length = round(array.shape[axis] * part ** (1 / len(axes)))
+                    start = int(corner[row, axis] * (array.shape[axis] - length + 1))
+                    box[axis - 1] = slice(start, start + length)
+                mixed[(row, *box)] = array[(other, *box)]
+        inputs[name] = mixed
+    return replace(data, inputs=inputs, labels=None)
