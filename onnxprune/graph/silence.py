@@ -102,7 +102,7 @@ def _normalised(view: GraphView, profile: Profile, name: str, array: np.ndarray)
     """What the rest of the branch, from the tensor ``name`` on, makes of one row: the tensor that joins the residual, and its row."""
     tail = follow_tail(view, name)
     shape = profile.shape(name)
-    if tail is None or not shape or any(node.op in _RESHAPING for node in tail.nodes):
+    if tail is None or not shape or any(node.op in _NOT_BY_ROWS for node in tail.nodes):
         raise _cannot_empty(view.consumers[name][0][0])
     known = {name: array.reshape([1] * (len(shape) - 1) + [-1])}
     constants = [operand for node in tail.nodes for operand in node.inputs if view.is_constant(operand)]
@@ -113,7 +113,7 @@ def _normalised(view: GraphView, profile: Profile, name: str, array: np.ndarray)
     return tail.end, row.reshape(-1)
 
 
-_RESHAPING = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose".split())
+_NOT_BY_ROWS = frozenset("Reshape Flatten Squeeze Unsqueeze Transpose BatchNormalization".split())
 
 
 def _reunited(view: GraphView, profile: Profile, name: str, width: int) -> str:

@@ -31,12 +31,15 @@ class Tail:
     join: Node
 
 
-def follow_tail(view: GraphView, tensor: str) -> Tail | None:
+def follow_tail(view: GraphView, tensor: str, gated: bool = False) -> Tail | None:
     """Everything that is computed from ``tensor`` and constants alone up to the one addition of another activation.
 
     A normalisation may stand on the way, as one operator or spelled out (Gemma 2 and 3 normalise the result of every sublayer), and rows
     may move (Swin merges windows and rolls the image back). None if something else comes first, or a node reads the tensor for something
     else.
+
+    Args:
+        gated: another activation may also multiply the branch (adaptive norms of diffusion transformers, RWKV, shared experts).
     """
     inside, nodes, exits = {tensor}, [], []
     pending: list[int] = []
@@ -60,7 +63,8 @@ def follow_tail(view: GraphView, tensor: str) -> Tail | None:
         foreign = [name for name in operands if name and name not in inside and not view.is_constant(name)]
         if node.op in MEASURES:
             continue
-        if foreign or not _belongs(node):
+        gate = gated and node.op == "Mul" and len(foreign) == 1
+        if (foreign and not gate) or not _belongs(node):
             exits.append(node)
             continue
         nodes.append(node)
@@ -91,11 +95,14 @@ def sums_of_their_own(view: GraphView, tensors: Iterable[str]) -> list[str]:
 
 def joins_stream(view: GraphView, tensors: Sequence[str]) -> bool:
     """Whether all branches that start at ``tensors`` end in a sum with something that none of them computes."""
-    return all(follow_tail(view, name) for name in tensors) and (not (met := sums_of_their_own(view, tensors)) or joins_stream(view, met))
+    if not all(follow_tail(view, name, gated=True) for name in tensors):
+        return False
+    met = sums_of_their_own(view, tensors)
+    return not met or joins_stream(view, met)
 
 
 def _belongs(node: Node) -> bool:
-    return _passes(node) or node.op in _ARITHMETIC or is_norm(node)
+    return _passes(node) or node.op in _ARITHMETIC or node.op == "BatchNormalization" or is_norm(node)
 
 
 def is_norm(node: Node) -> bool:

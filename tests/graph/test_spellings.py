@@ -422,6 +422,33 @@ def rows_of_batch_and_heads(how: str) -> onnx.ModelProto:
     return net.done(net.add("x", net.linear(flat)))
 
 
+@form(BOTH, "scale", "sigmoid")
+def branches_that_a_gate_multiplies(how: str) -> onnx.ModelProto:
+    """Adaptive norms of diffusion transformers scale a branch by numbers per sample, RWKV and shared experts by numbers per token."""
+    net = Net()
+    if how == "scale":
+        gates = [net("Unsqueeze", net.linear(net("ReduceMean", "x", net.ints(1), keepdims=0)), net.ints(1)) for _ in range(2)]
+    else:
+        gates = [net("Sigmoid", net("MatMul", "x", net.weight(WIDTH, 1))) for _ in range(2)]
+    y = net.add("x", net("Mul", gates[0], net.attention("x")))
+    return net.done(net.add(y, net("Mul", net.ffn(net("LayerNormalization", y, net.weight(WIDTH))), gates[1])))
+
+
+@form(BOTH)
+def branches_that_a_batch_norm_ends() -> onnx.ModelProto:
+    """LeViT: rows of all samples are one axis for the norm."""
+    net = Net()
+
+    def normed(y: str) -> str:
+        rows = net("Reshape", y, net.ints(-1, WIDTH))
+        spread = net.constant(np.linspace(0.5, 2, WIDTH, dtype=np.float32))
+        rows = net("BatchNormalization", rows, net.weight(WIDTH), net.weight(WIDTH), net.weight(WIDTH), spread)
+        return str(net("Reshape", rows, net("Shape", y)))
+
+    y = net.add("x", normed(net.attention("x")))
+    return net.done(net.add(y, normed(net.ffn(y))))
+
+
 @pytest.mark.parametrize(("name", "sites", "build"), FORMS, ids=[name for name, _, _ in FORMS])
 def test_found_and_sliced_as_masked(name: str, sites: dict[str, int], build: Form) -> None:
     anatomy = anatomy_of(build())

@@ -175,7 +175,7 @@ def average_pool(tape: Tape, node: Node, dy: str) -> Adjoints:
     x = node.inputs[0]
     window = _window(tape, node, node.attrs["kernel_shape"])
     padded = any(window.before) or any(window.after)
-    if int(node.attrs.get("ceil_mode", 0)):
+    if int(node.attrs.get("ceil_mode", 0)) and not _fits(tape, x, window):
         raise MissingGradient(node, "windows that reach over the edge (ceil_mode) are not covered")
     area = prod(window.kernel)
     channels = {dims[1] for dims in tape.dims(x)}
@@ -190,6 +190,15 @@ def average_pool(tape: Tape, node: Node, dy: str) -> Adjoints:
         full = tape.constant_of(1.0, tape.shape_of(x), x)
         share = tape.op("Div", share, tape.op("AveragePool", full, count_include_pad=1, **attributes))
     return {0: _spread(tape, x, share, ones, window, width)}
+
+
+def _fits(tape: Tape, x: str, window: _Window) -> bool:
+    """Whether the windows end where the image does, whose size must be known for that."""
+    for axis, extent in enumerate(window.extent):
+        size = tape.known(tape.size_of(x, 2 + axis))
+        if size is None or (size + window.before[axis] + window.after[axis] - extent) % window.strides[axis]:
+            return False
+    return True
 
 
 @rule("GlobalAveragePool")

@@ -107,6 +107,15 @@ def test_average_pool(kernel: int, stride: int, pad: int, count: int) -> None:
     compare(model, lambda x: F.avg_pool2d(x, kernel, stride, pad, count_include_pad=bool(count)))
 
 
+def test_average_pool_with_ceil_mode_that_changes_nothing() -> None:
+    model = one("AveragePool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+    with pytest.raises(MissingGradient, match="over the edge"):
+        compare(model, lambda x: F.avg_pool2d(x, 2), (8, 6))
+    for axis, size in ((2, 8), (3, 6)):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    compare(model, lambda x: F.avg_pool2d(x, 2), (8, 6))
+
+
 def test_global_pools() -> None:
     compare(one("GlobalAveragePool"), lambda x: x.mean((2, 3), keepdim=True))
     compare(one("GlobalMaxPool"), lambda x: x.amax((2, 3), keepdim=True))
