@@ -278,12 +278,22 @@ def refuse_group(
     foreign = foreign_weight(view, group)
     if foreign is not None:
         return Refusal("OP104" if kind == "heads" else "OP204", where, foreign[1])
-    if not joins_stream(view, [consumer.output for consumer in consumers]):
-        return Refusal("OP102" if kind == "heads" else "OP202", where, f"the {unit_of(kind)}s do not end in a residual branch")
+    if not joins_stream(view, profile, [consumer.output for consumer in consumers]):
+        return _outside(view, profile, kind, consumers, where)
     rigid = unresizable(view, profile, group)
     if rigid is not None:
         return Refusal("OP101" if kind == "heads" else "OP201", *rigid)
     return None
+
+
+def _outside(view: GraphView, profile: Profile, kind: Kind, consumers: tuple[Consumer, ...], where: str) -> Refusal:
+    """Units that no residual branch ends; those of which some do are no classifier, and the reader that does not is named."""
+    code, units = ("OP102" if kind == "heads" else "OP202"), f"{unit_of(kind)}s"
+    others = [consumer for consumer in consumers if not joins_stream(view, profile, [consumer.output])]
+    if 0 < len(others) < len(consumers):
+        reason = f"the {units} are read by {others[0].leaf.node.name} as well, whose result does not end in a residual branch"
+        return Refusal(code, where, reason, "the two readers need each other; leave it")
+    return Refusal(code, where, f"the {units} do not end in a residual branch")
 
 
 def foreign_weight(view: GraphView, group: Group) -> tuple[str, str] | None:

@@ -166,7 +166,7 @@ def _depth(anatomy: Anatomy, tracer: Tracer, heart: _Heart, kind: Kind, name: st
         consumers: tuple[Consumer, ...] = (Consumer(leaf, first, rank + axis, labels),)
     else:
         consumers = consumers_of(view, profile, group)
-        if len(consumers) != 1 or not joins_stream(view, [consumer.output for consumer in consumers]):
+        if len(consumers) != 1 or not joins_stream(view, profile, [consumer.output for consumer in consumers]):
             raise Reason(_CANNOT_FOLLOW, "the values do not end in one residual branch")
     site = Site(name, kind, depth, group, consumers, 0, least=1)
     for leaf in group.leaves:

@@ -128,7 +128,7 @@ def _ranges(held: np.ndarray) -> str:
 
 
 def _read(anatomy: Anatomy, consumer: Consumer) -> str:
-    tail = follow_tail(anatomy.view, consumer.output, gated=True)
+    tail = follow_tail(anatomy.view, consumer.output, anatomy.profile)
     end = f"; its result joins the residual stream at {tail.join.name}" if tail else ""
     node = consumer.leaf.node
     return f"{node.op} {node.name}, which sums axis {consumer.axis} of {consumer.tensor} away{end}"

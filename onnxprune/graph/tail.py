@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from onnxprune.graph.profile import Profile
 from onnxprune.graph.view import GraphView, Node
 
 PASSING = frozenset("Identity Cast Dropout Reshape Transpose Squeeze Unsqueeze Flatten".split())
@@ -31,7 +32,7 @@ class Tail:
     join: Node
 
 
-def follow_tail(view: GraphView, tensor: str, gated: bool = False) -> Tail | None:
+def follow_tail(view: GraphView, tensor: str, gated: Profile | None = None) -> Tail | None:
     """Everything that is computed from ``tensor`` and constants alone up to the one addition of another activation.
 
     A normalisation may stand on the way, as one operator or spelled out (Gemma 2 and 3 normalise the result of every sublayer), and rows
@@ -39,7 +40,8 @@ def follow_tail(view: GraphView, tensor: str, gated: bool = False) -> Tail | Non
     else.
 
     Args:
-        gated: another activation may also multiply the branch (adaptive norms of diffusion transformers, RWKV, shared experts).
+        gated: shapes; with them another activation may scale the branch (adaptive norms of diffusion transformers, RWKV, shared experts).
+            A branch that is broadcast there is a gate itself, and ends in no sum.
     """
     inside, nodes, exits = {tensor}, [], []
     pending: list[int] = []
@@ -63,8 +65,7 @@ def follow_tail(view: GraphView, tensor: str, gated: bool = False) -> Tail | Non
         foreign = [name for name in operands if name and name not in inside and not view.is_constant(name)]
         if node.op in MEASURES:
             continue
-        gate = gated and node.op == "Mul" and len(foreign) == 1
-        if (foreign and not gate) or not _belongs(node):
+        if (foreign and not (gated and _scales(gated, node, foreign))) or not _belongs(node):
             exits.append(node)
             continue
         nodes.append(node)
@@ -85,6 +86,12 @@ def _passes(node: Node) -> bool:
     return node.op in PASSING or node.op in MOVING
 
 
+def _scales(profile: Profile, node: Node, foreign: Sequence[str]) -> bool:
+    """Whether ``node`` multiplies a branch, as wide as the product, by one ``foreign`` activation."""
+    shapes = [profile.shape(name) for name in node.inputs if name not in foreign]
+    return node.op == "Mul" and len(foreign) == 1 and shapes == [profile.shape(node.outputs[0])]
+
+
 def sums_of_their_own(view: GraphView, tensors: Iterable[str]) -> list[str]:
     """Additions in which the branches that start at ``tensors`` meet each other and nothing else; the branch goes on there."""
     tails = [tail for name in tensors if (tail := follow_tail(view, name)) is not None]
@@ -93,12 +100,12 @@ def sums_of_their_own(view: GraphView, tensors: Iterable[str]) -> list[str]:
     return [join.outputs[0] for join in joins if all(name in ends or not name or view.is_constant(name) for name in join.inputs)]
 
 
-def joins_stream(view: GraphView, tensors: Sequence[str]) -> bool:
+def joins_stream(view: GraphView, profile: Profile, tensors: Sequence[str]) -> bool:
     """Whether all branches that start at ``tensors`` end in a sum with something that none of them computes."""
-    if not all(follow_tail(view, name, gated=True) for name in tensors):
+    if not all(follow_tail(view, name, profile) for name in tensors):
         return False
     met = sums_of_their_own(view, tensors)
-    return not met or joins_stream(view, met)
+    return not met or joins_stream(view, profile, met)
 
 
 def _belongs(node: Node) -> bool:

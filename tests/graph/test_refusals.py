@@ -103,6 +103,16 @@ def test_layers_without_a_residual_sum_are_explained() -> None:
     assert all("residual" in refusal.reason for refusal in anatomy.refusals)
 
 
+def test_a_second_reader_outside_the_residual_stream_is_named() -> None:
+    net = Net()
+    hidden = net("Relu", net.linear("x", WIDTH, FFN))
+    side = net("Softmax", net.linear(hidden, FFN, WIDTH), axis=2)
+    refusal = only(anatomy_of(net.done(net.add("x", net.linear(hidden, FFN, WIDTH)), side)))
+    assert refusal.code == "OP202"
+    assert "as well, whose result does not end in a residual branch" in refusal.reason
+    assert "classifier" not in refusal.hint
+
+
 def lenet() -> onnx.ModelProto:
     text = """<ir_version: 8, opset_import: ["" : 17]>
     lenet (float[N, 1, 12, 12] image) => (float[N, 4] logits)
