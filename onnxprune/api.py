@@ -16,7 +16,7 @@ from onnxprune.calibration.objective import check_labels_of, choose_objective
 from onnxprune.calibration.source import load_calibration
 from onnxprune.errors import GateError, InputError
 from onnxprune.graph.anatomy import study
-from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.canonical import canonicalise, check_prunable
 from onnxprune.graph.depth import with_depths
 from onnxprune.graph.explain import explain
 from onnxprune.graph.hidden import Narrowing, narrow
@@ -247,7 +247,7 @@ def inspect(
         why: a refusal code, a site, a node or a tensor, or a part of such a name: the answers are under ``why``.
     """
     given = load(model)
-    check_float(given)
+    check_prunable(given)
     data = load_calibration(calib, given, samples=64) if calib is not None else None
     canonical, profile = canonicalise(given, examples(data) if data else None)
     anatomy = with_depths(study(canonical, profile))

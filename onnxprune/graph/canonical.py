@@ -247,8 +247,28 @@ def with_fresh_shapes(model: Model) -> Model:
     return model.with_proto(proto)
 
 
-def check_float(model: Model) -> None:
+def check_prunable(model: Model) -> None:
     """Refuse what cannot be pruned in this form.
+
+    Raises:
+        InputError: the model is already quantized, computes in half precision, or draws random numbers.
+    """
+    view = GraphView(model)
+    for index in sorted(view.ancestors(model.output_names)):
+        node = view.nodes[index]
+        if node.op in _RANDOM:
+            raise InputError(
+                f"the model draws random numbers ({node}), so two runs differ and nothing can be compared; "
+                "make the numbers an input, or export the model without them"
+            )
+    check_float(model)
+
+
+_RANDOM = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial".split())
+
+
+def check_float(model: Model) -> None:
+    """Refuse numbers other than float32.
 
     Raises:
         InputError: the model is already quantized, or computes in half precision.

@@ -166,9 +166,9 @@ def _probe(model: Model, view: GraphView) -> tuple[onnx.ModelProto, Watched]:
     """A copy whose outputs are the shapes of all tensors and the values of integer ones."""
     proto = model.copy_proto()
     del proto.graph.output[:]
-    integers = _integer_tensors(model)
+    integers, shapeless = _types(model)
     watched: Watched = []
-    names = [name for node in view.nodes for name in node.outputs if name] + list(model.input_names)
+    names = [name for node in view.nodes for name in node.outputs if name and name not in shapeless] + list(model.input_names)
     for index, name in enumerate(names):
         shape_output = f"onnxprune.shape.{index}"
         proto.graph.node.append(helper.make_node("Shape", [name], [shape_output], name=f"onnxprune.shape_of.{index}"))
@@ -181,17 +181,17 @@ def _probe(model: Model, view: GraphView) -> tuple[onnx.ModelProto, Watched]:
     return proto, watched
 
 
-def _integer_tensors(model: Model) -> set[str]:
-    """Tensors that type inference says are int64."""
+def _types(model: Model) -> tuple[set[str], set[str]]:
+    """What type inference says: (names of int64 tensors, names of sequences and optional values, which have no shape)."""
     try:
         inferred = onnx.shape_inference.infer_shapes(model.proto)
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError) as error:
         raise InputError(f"the graph is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
-    return {
-        value.name
-        for value in (*inferred.graph.value_info, *inferred.graph.output)
-        if value.type.tensor_type.elem_type == TensorProto.INT64
-    }
+    values = (*inferred.graph.value_info, *inferred.graph.output)
+    return (
+        {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.INT64},
+        {value.name for value in values if value.type.WhichOneof("value") not in ("tensor_type", None)},
+    )
 
 
 def _open_probe(model: Model) -> tuple[Any, Watched]:

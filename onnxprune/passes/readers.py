@@ -28,7 +28,7 @@ Constants = dict[tuple[int, int], np.ndarray]
 class Reader:
     """A product of the student, ``node``, and how an error at ``target`` (activation [samples, ...]) is an error of its output.
 
-    ``channels`` is the axis of ``target`` that other sites may have cut, None if they cannot.
+    ``channels`` is the axis of ``target`` that holds what the product makes, which other sites may have cut.
     """
 
     node: Node
@@ -37,7 +37,7 @@ class Reader:
     axis: int
     labels: np.ndarray
     branch: Branch
-    channels: int | None
+    channels: int
 
     @property
     def target(self) -> str:
@@ -171,7 +171,8 @@ def reader_of(view: GraphView, consumer: Consumer, node: Node, rank: int, labels
     branch = follow_branch(view, node, width) or (_behind(view, node, width) if chain else None)
     if branch is None:
         return "the way to the residual stream is not linear"
-    return Reader(node, slot, consumer.tensor, consumer.leaf.axis, labels, branch, None)
+    made = -1 if branch.order is None else branch.order.index(rank - 1)
+    return Reader(node, slot, consumer.tensor, consumer.leaf.axis, labels, branch, made)
 
 
 def _behind(view: GraphView, node: Node, width: int) -> Branch | None:

@@ -169,7 +169,8 @@ def _stages(anatomy: Anatomy, student: Model, kept: Kept, done: Collection[str])
             if isinstance(found, str):
                 skipped.append(SiteFit(site.name, False, 1.0, found))
             else:
-                cut = None if found.channels is None else positions.get((found.target, found.channels))
+                rank = len(anatomy.profile.shape(found.target) or ())
+                cut = positions.get((found.target, found.channels % rank)) if rank else None
                 stages.setdefault((found.node.index, found.slot), _Stage(site, found, None if cut is None else np.flatnonzero(cut)))
             if site.kind != "channels":
                 break

@@ -13,7 +13,7 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import LossSource, Objective, Purpose, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal
 from onnxprune.graph.anatomy import Anatomy, Site, study
-from onnxprune.graph.canonical import canonicalise, check_float
+from onnxprune.graph.canonical import canonicalise, check_prunable
 from onnxprune.graph.depth import DEPTHS, with_depths
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
@@ -104,7 +104,7 @@ def understand(
         InputError: a pattern matches nothing, an unknown pass, a model in a form that cannot be pruned.
         NothingPrunable: no site of the kinds asked for.
     """
-    check_float(given)
+    check_prunable(given)
     passes = select(settings.passes)
     widths = [item for item in passes if isinstance(item, WidthPass)]
     rewrites = ordered(item.name for item in passes if isinstance(item, RewritePass))

@@ -52,6 +52,24 @@ def test_every_kind_of_net_comes_nearer_to_the_original(block: str) -> None:
     assert error(anatomy, model, fresh) < 0.6 * error(anatomy, student, fresh)
 
 
+def test_a_matrix_that_reads_channels_is_fitted_to_the_neurons_that_stay() -> None:
+    """A stream of channels without a norm of its rows (LeViT), which the matrices of a feed-forward block read and write."""
+    net = ConvNet()
+    patches = net("Reshape", net.conv("x", 12, 2, 2), net.ints(0, 12, -1))
+    tokens = net("Transpose", patches, perm=[0, 2, 1])
+    stream = net.add(net.sized(tokens, 12), net.ffn(tokens, "Relu", 20))
+    pooled = net("ReduceMean", stream, net.ints(1), keepdims=0)
+    anatomy = anatomy_of(net.done(net("MatMul", pooled, net.weight(12, 5))))
+    kept = most(anatomy, 0.75)
+    assert {site.kind: site.units for site in anatomy.sites} == {"channels": 12, "ffn": 20}
+    student = slice_model(anatomy, kept)
+    model, changes, reports = refit(anatomy, student, images(256, 0), OPTIONS, kept=kept)
+    assert sum(report.applied for report in reports) >= 2
+    assert {array.shape for array in changes.values()} >= {(9, 15)}
+    fresh = images(64, 1)
+    assert error(anatomy, model, fresh) < 0.6 * error(anatomy, student, fresh)
+
+
 @pytest.mark.parametrize(("stride", "pad", "dilation"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 0, 1)])
 def test_patches_times_the_weight_are_what_the_convolution_makes(stride: int, pad: int, dilation: int) -> None:
     net = ConvNet()

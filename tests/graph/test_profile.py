@@ -123,3 +123,19 @@ def test_synthetic_feeds_share_symbols_and_open_masks() -> None:
     assert feeds["attention_mask"].all()
     assert feeds["x"].shape == (batch, 3, length)
     np.testing.assert_array_equal(feeds["position_ids"][1], np.arange(length))
+
+
+def test_sequences_have_no_shape_and_do_no_harm() -> None:
+    """torch writes tensor.split and unbind of unknown length as sequences."""
+    model = model_of(
+        [
+            helper.make_node("SplitToSequence", ["x", "three"], ["pieces"], axis=2),
+            helper.make_node("SequenceAt", ["pieces", "one"], ["y"]),
+        ],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", 12])],
+        "y",
+        {"three": np.array(3), "one": np.array(1)},
+    )
+    profile = take_profile(model)
+    assert profile.shape("pieces") is None
+    assert profile.shape("y") == (2, 7, 3)

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.anatomy import Anatomy
-from onnxprune.graph.canonical import check_float
+from onnxprune.graph.canonical import check_prunable
 from onnxprune.graph.model import load
 from onnxprune.graph.slicing import slice_model
 from tests.architectures import exports
@@ -195,7 +195,15 @@ def test_half_precision_and_integer_models_are_input_errors() -> None:
         net.constant(np.zeros((4, 4), dtype))
         net.initializers[:] = net.initializers[-1:]
         with pytest.raises(InputError, match=word):
-            check_float(load(net.done(net("Relu", "x"))))
+            check_prunable(load(net.done(net("Relu", "x"))))
+
+
+def test_random_numbers_on_the_way_to_an_output_are_an_input_error() -> None:
+    net = Net()
+    noise = net("RandomNormalLike", "x")
+    with pytest.raises(InputError, match=r"draws random numbers \(RandomNormalLike"):
+        check_prunable(load(net.done(net.add("x", noise))))
+    check_prunable(load(net.done(net("Relu", "x"))))
 
 
 @pytest.mark.parametrize(("name", "variant"), [("mixtral", "do18-sdpa"), ("qwen3-moe", "ts17-eager")])
