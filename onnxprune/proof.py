@@ -16,10 +16,10 @@ from onnxprune.errors import GateError, TargetError
 from onnxprune.graph.caches import cut_feeds
 from onnxprune.graph.model import Model
 from onnxprune.graph.paged import open_model
+from onnxprune.passes.anchor import MISS
 from onnxprune.passes.apply import execute, finish
 from onnxprune.passes.base import exact
 from onnxprune.passes.decision import Decision
-from onnxprune.passes.manager import MISS
 from onnxprune.passes.scope import Settings
 from onnxprune.passes.workbench import dense_student
 from onnxprune.runtime.session import open_session, run

@@ -15,8 +15,8 @@ import numpy as np
 
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import Model, atomic_file
+from onnxprune.passes.anchor import MISS
 from onnxprune.passes.decision import Decision, summary
-from onnxprune.passes.manager import MISS
 from onnxprune.passes.scope import Settings
 from onnxprune.runtime.environment import describe
 from onnxprune.search.plan import save_id_maps

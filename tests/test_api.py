@@ -22,7 +22,7 @@ from onnxprune.errors import GateError, InputError, TargetError
 from onnxprune.graph.depth import with_depths
 from onnxprune.graph.model import Model, load
 from onnxprune.options import parse_share, settings
-from onnxprune.passes import manager
+from onnxprune.passes.meter import Meter
 from onnxprune.record import plain
 from onnxprune.verification import Fidelity
 from tests import zoo
@@ -255,7 +255,7 @@ def test_a_latency_that_was_missed_is_not_written_unless_asked(
     model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clockwork(monkeypatch)
-    monkeypatch.setattr(manager._Search, "_measure", lambda *arguments: 4.5)
+    monkeypatch.setattr(Meter, "measure", lambda *arguments: 4.5)
     options: dict[str, Any] = {**QUICK, "target_macs": None, "target_latency": "60%", "output": tmp_path / "small.onnx"}
     with pytest.raises(TargetError, match=r"target latency=60% was missed by 7\.1%: measured 4\.5, asked for 4\.2; no model was written"):
         onnxprune.prune(model, calib=calib, **options)
@@ -270,7 +270,7 @@ def test_what_came_out_slower_than_the_file_as_given_is_not_written(
     model: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, milliseconds: float, written: bool
 ) -> None:
     clockwork(monkeypatch)
-    monkeypatch.setattr(manager._Search, "_measure", lambda *arguments: milliseconds)
+    monkeypatch.setattr(Meter, "measure", lambda *arguments: milliseconds)
     options: dict[str, Any] = {**QUICK, "target_macs": None, "max_drop": "90%", "output": tmp_path / "small.onnx"}
     if written:
         onnxprune.prune(model, calib=calib, **options)

@@ -17,43 +17,30 @@ import numpy as np
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import check_labels_of, check_loss, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
-from onnxprune.graph.canonical import canonicalise
-from onnxprune.graph.macs import count_macs
-from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import Kept
-from onnxprune.passes.base import exact
+from onnxprune.passes.anchor import MISS, REPEATS, Reached, reach
+from onnxprune.passes.auto import walk_down
 from onnxprune.passes.choice import choose, offers_of
 from onnxprune.passes.decision import Decision, split, write_plan
 from onnxprune.passes.depth import with_turned_heads
-from onnxprune.passes.int8 import timed
+from onnxprune.passes.meter import UNITS, Meter
 from onnxprune.passes.polish import Polished, polish
 from onnxprune.passes.precision import Tables, assign, most_sensitive
-from onnxprune.passes.rounds import Descent, cut, descend, rounds_to, score
+from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scope import Settings, Study, leading_to
-from onnxprune.passes.shipping import Shipping, choose_shipping
+from onnxprune.passes.shipping import choose_shipping
 from onnxprune.passes.tokens import Schedule, best_schedule, choose_schedules
 from onnxprune.passes.workbench import Progress, Scores, Student, Workbench, dense_student, set_up
 from onnxprune.request import examples, request_feeds
-from onnxprune.runtime.measure import clock_for, ratio, time_sessions
-from onnxprune.search.costs import GRANULARITY, CostTable, CostUnit, counted, counted_costs, measured_costs, shipped_bytes
+from onnxprune.search.costs import GRANULARITY, CostTable
 from onnxprune.search.target import Target
 from onnxprune.verification import Comparison, Yardstick, compare
 
 log = logging.getLogger(__name__)
 
-MISS = 0.02
-"""A target counts as met up to this share over it: what one more step of a width, and the clock's noise, amount to."""
-
-_ANCHORED = 0.01
-"""A measured latency may miss its goal by this share before the search is repeated with a re-anchored table."""
-
-_REPEATS = 2
-_AUTO_STEP = 0.82
-_AUTO_FLOOR = 0.08
 _JUDGES = 256
 _TRIAL_SHARE = 0.8
 _SENSITIVE_SHARES = (0.0, 0.125, 0.25, 0.5)
-_UNITS: dict[str, CostUnit] = {"latency": "ms", "macs": "macs", "params": "params", "size": "bytes"}
 
 
 def decide(study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None = None) -> Decision:
@@ -116,6 +103,7 @@ class _Search:
         )
         if settings.protect_classes:
             self.bench.targets.classes()
+        self.meter = Meter(study_, self.bench, self.request, settings)
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
         self.polished: Polished | None = None
@@ -139,7 +127,7 @@ class _Search:
     def _schedules(self) -> tuple[Schedule, ...] | Refusal:
         """How tokens may leave, from slow to fast, or why they do not."""
         settings = self.settings
-        if _UNITS[settings.target.quantity] != "ms":
+        if self.meter.unit != "ms":
             asked = {"macs": "multiply-adds", "params": "parameters", "size": "bytes"}[settings.target.quantity]
             raise InputError(f"fewer tokens save time, not {asked}: give --target-latency, or no target and --max-drop")
         return choose_schedules(
@@ -156,13 +144,13 @@ class _Search:
     def _judging_rows(self, held: int) -> int:
         if self.settings.target.auto or self.settings.protect_classes:
             return held // 2
-        timed = _UNITS[self.settings.target.quantity] == "ms"
+        timed = UNITS[self.settings.target.quantity] == "ms"
         judged = self.study.integers or self.study.polish or timed
         return max(min(held // 4, _JUDGES), 1) if judged and held > 1 else 0
 
     def run(self, targets: Sequence[Target]) -> Iterator[Decision]:
         """A decision for every target, each beginning at the units that the one before kept."""
-        tables, given = self._costs()
+        tables, given = self.meter.tables(self.shipping)
         shipping, start = self.shipping, self.dense
         for target in targets:
             self.settings, self.shipping, self.trail, self.polished = replace(self.settings, target=target), shipping, [], None
@@ -176,24 +164,24 @@ class _Search:
         full = tables.floats.full
         if goal is not None and full <= goal:
             self.shipping = self.shipping.in_float()
-            return self._decision(self.dense, tables.floats, given, full, goal, full, full, already_met=True)
+            return self._decision(Reached(self.dense, tables.floats, full, full), given, full, goal, already_met=True)
         if self.shipping.schedules:
             tables = self._leave_tokens(tables, given, goal)
         lowest = goal * (1 if self.study.sites else 1 + MISS) if goal is not None else 0.0
         if goal is not None and min(tables.floats.floor, tables.integers.floor) > lowest:
             self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
         if goal is None:
-            student, table, predicted, measured = self._auto(tables, given)
+            found = self._auto(tables, given)
         elif not self.study.sites and tables.floats.unit == "ms":
-            student, table, predicted, measured = self._quantise(tables, given, goal)
+            found = self._quantise(tables, given, goal)
         else:
             table, first = self._precision(tables, given, goal)
             shape = tables.floats if self.shipping.scheme else None
             first = first if start is self.dense else None
-            student, table, predicted, measured = self._reach_for_all_classes(table, given, goal, start, first, shape)
+            found = self._reach_for_all_classes(table, given, goal, start, first, shape)
         if self.study.polish:
-            student = self._polished(student)
-        return self._decision(student, table, given, full, goal, predicted, measured, already_met=False)
+            found = replace(found, student=self._polished(found.student))
+        return self._decision(found, given, full, goal, already_met=False)
 
     def _polished(self, student: Student) -> Student:
         if all(student.counts[site.name] == site.units for site in self.study.sites):
@@ -222,7 +210,7 @@ class _Search:
             return tables
         log.info("tokens: %s", chosen.as_dict())
         self.shipping = self.shipping.with_tokens(chosen.plan)
-        after, again = self._costs()
+        after, again = self.meter.tables(self.shipping)
         return after.scaled(given / again)
 
     def _best_schedule(self, tables: Tables, goal: float) -> Schedule | None:
@@ -242,7 +230,7 @@ class _Search:
         for schedule in self.shipping.schedules:
             if full * schedule.share <= goal:
                 model = self.shipping.with_tokens(schedule.plan)
-                if self.shipping.scheme is not None or self._measure(self.dense, given, model) <= goal:
+                if self.shipping.scheme is not None or self.meter.measure(self.dense, given, model) <= goal:
                     return schedule
         return self.shipping.schedules[-1]
 
@@ -277,16 +265,16 @@ class _Search:
         log.info("%d of %d products stay in float", len(floats), sum(len(group.products) for group in groups))
         return tables.blend(groups, floats), scores
 
-    def _quantise(self, tables: Tables, given: float, goal: float) -> tuple[Student, CostTable, float, float]:
+    def _quantise(self, tables: Tables, given: float, goal: float) -> Reached:
         """Integers alone: which products, for this goal; measured, re-anchored and decided again while it is too slow."""
-        for attempt in range(_REPEATS + 1):
+        for attempt in range(REPEATS + 1):
             table, _ = self._precision(tables, given, max(goal, tables.integers.full) if attempt else goal)
-            measured = self._measure(self.dense, given)
+            measured = self.meter.measure(self.dense, given, self.shipping)
             self._note(f"anchor {attempt}", self.dense, table.full, measured)
-            if measured <= goal * (1 + MISS) or self.shipping.scheme is None or attempt == _REPEATS:
+            if measured <= goal * (1 + MISS) or self.shipping.scheme is None or attempt == REPEATS:
                 break
             tables = tables.scaled(measured / table.full)
-        return self.dense, table, table.full, measured
+        return Reached(self.dense, table, table.full, measured)
 
     def _error_of_saliency(self, table: CostTable, goal: float, scores: Scores) -> float:
         """Divergence per unit of saliency removed, from one cut in the region of the goal: then int8 and pruning are counted alike."""
@@ -313,134 +301,47 @@ class _Search:
             f"Ask for at least {math.ceil(100 * table.floor / given)}%, or allow more passes"
         )
 
-    def _costs(self) -> tuple[Tables, float]:
-        """Costs in float and, if there is a scheme, in integers; and what the file as given costs."""
-        unit = _UNITS[self.settings.target.quantity]
-        in_float = self.shipping.in_float()
-        if unit != "ms":
-            table = counted_costs(self.study.anatomy, self.bench.sites, unit, self.request)
-            if unit == "macs":
-                return Tables(table, table), self._given_macs()
-            given = counted(self.study.whole, unit)
-            if unit == "bytes" and exact(self.shipping.steps) != self.shipping.steps:
-                return Tables(table, shipped_bytes(table, self.bench.sites, self.shipping.probe)), given
-            return Tables(table, table), given
-        table, given = self._timed(in_float, "cost table")
-        if self.shipping.scheme is None:
-            return Tables(table, table), given
-        integers, again = self._timed(self.shipping, "cost table of int8")
-        # Two measurements of one file: the second table is put on the scale of the first.
-        return Tables(table, integers.scaled(given / again)), given
-
-    def _given_macs(self) -> float:
-        """Multiply-adds of the file as given, rows that no output reads included."""
-        model, _ = canonicalise(self.study.given, dict(self.bench.batches[0].feeds), all_rows=True)
-        return float(sum(count_macs(model, shapes_of(model, self.request)).values()))
-
-    def _timed(self, shipping: Shipping, what: str) -> tuple[CostTable, float]:
-        return measured_costs(
-            self.study.anatomy,
-            self.bench.sites,
-            shipping.probe,
-            self.request,
-            self.settings.runtime,
-            seed=self.settings.recipe.seed,
-            given=self.study.given,
-            progress=self.bench.report(what),
-        )
-
     def _reach_for_all_classes(
         self, table: CostTable, given: float, goal: float, start: Student, first: Scores | None, shape: CostTable | None
-    ) -> tuple[Student, CostTable, float, float]:
+    ) -> Reached:
         """The search as asked for, and if classes are to be protected the one by class: of the two the better for its worst class."""
-        found = self._reach(self.bench, table, given, goal, start, first, shape)
+        error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
+
+        def by(bench: Workbench, first: Scores | None) -> Reached:
+            found = reach(
+                bench,
+                table,
+                goal,
+                start,
+                first=first,
+                shape=shape,
+                error=error,
+                measure=lambda student: self.meter.measure(student, given, self.shipping),
+                note=self._note,
+            )
+            return found if found is not None else self._impossible(table, given, goal)
+
+        found = by(self.bench, first)
         if not self.settings.protect_classes:
             return found
-        by_class = replace(self.bench, recipe=replace(self.bench.recipe, importance="classwise"))
-        other = self._reach(by_class, table, given, goal, start, None, shape)
+        other = by(replace(self.bench, recipe=replace(self.bench.recipe, importance="classwise")), None)
         worst = []
-        for name, (student, _, predicted, _) in ((self.bench.recipe.importance, found), ("classwise", other)):
-            known = self.judge(student, self.judges).worst_class
+        for name, candidate in ((self.bench.recipe.importance, found), ("classwise", other)):
+            known = self.judge(candidate.student, self.judges).worst_class
             if known is None:
                 raise InputError(f"--protect-classes: of {len(self.judges)} rows that judge no class has five; give more calibration rows")
             worst.append(known.agreement)
-            self._note(f"worst class by {name}", student, predicted, None, **{"agreement of the worst class": known.agreement})
+            told = {"agreement of the worst class": known.agreement}
+            self._note(f"worst class by {name}", candidate.student, candidate.predicted, None, **told)
         return other if worst[1] > worst[0] else found
 
-    def _reach(
-        self,
-        bench: Workbench,
-        table: CostTable,
-        given: float,
-        goal: float,
-        start: Student,
-        first: Scores | None,
-        shape: CostTable | None,
-    ) -> tuple[Student, CostTable, float, float]:
-        """Rounds from ``start`` to the goal; for milliseconds, measure, re-anchor and cut again while it misses."""
-        error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
-        rounds = bench.recipe.rounds
-        found = descend(bench, table, goal, rounds, start=start, first=first, error=error, shape=shape)
-        if found is None:
-            self._impossible(table, given, goal)
-        student = found.student
-        if table.unit != "ms":
-            cost = table.predict(student.counts)
-            return student, table, cost, cost
-        best: tuple[float, Student, float, float] | None = None
-        for attempt in range(_REPEATS + 1):
-            predicted = table.predict(student.counts)
-            measured = self._measure(student, given)
-            self._note(f"anchor {attempt}", student, predicted, measured)
-            miss = abs(measured / goal - 1)
-            # Faster than asked for is no failure: a model over the goal ranks behind every one that is not.
-            rank = miss if measured <= goal * (1 + MISS) else miss + 1
-            if best is None or rank < best[0]:
-                best = (rank, student, predicted, measured)
-            if miss <= _ANCHORED or attempt == _REPEATS:
-                break
-            table = table.scaled(measured / predicted)
-            if rounds_to(table, goal, rounds, table.predict(start.counts)) > found.rounds > 0:
-                # So far off that one cut would be too deep: down again, in as many rounds as it takes.
-                found = descend(bench, table, goal, rounds, start=start, first=first, error=error, shape=shape) or found
-                again: Student | None = found.student
-            else:
-                again = self._again(bench, found, table, goal) if found.scores.saliency else None
-            if again is None or all(np.array_equal(again.kept[site], student.kept[site]) for site in again.kept):
-                break
-            student = again
-        assert best is not None
-        _, student, predicted, measured = best
-        return student, table, predicted, measured
-
-    def _again(self, bench: Workbench, found: Descent, table: CostTable, goal: float) -> Student | None:
-        kept = found.taste.choose(bench, found.before, found.scores, table, goal)
-        return None if kept is None else cut(bench, kept)
-
-    def _auto(self, tables: Tables, given: float) -> tuple[Student, CostTable, float, float]:
+    def _auto(self, tables: Tables, given: float) -> Reached:
         """Go down in steps while the judging rows allow it, then half a step more; step back if the other held-back rows disagree."""
         limit = self._limit
-        student, share = self.dense, 1.0
-        passed: list[Student] = [student] if self._integers_within(student, limit) or not self.bench.sites else []
+        passed = [self.dense] if self._integers_within(self.dense, limit) or not self.bench.sites else []
         # Which products stay in float is settled now, and with it what everything costs.
         table = tables.blend(self.shipping.groups, self.shipping.floats) if self.shipping.scheme else tables.floats
-        prunable = table.full - table.fixed
-        number = 0
-        while self.bench.sites and share * _AUTO_STEP >= _AUTO_FLOOR:
-            number += 1
-            scores = score(self.bench, student, number)
-            while share * _AUTO_STEP >= _AUTO_FLOOR and self._unchanged(
-                student, scores, table, table.fixed + prunable * share * _AUTO_STEP
-            ):
-                share *= _AUTO_STEP  # the step is finer than the widths on offer
-            tried = self._try(student, scores, table, prunable, share * _AUTO_STEP, limit)
-            if tried is None:
-                half = self._try(student, scores, table, prunable, share * _AUTO_STEP**0.5, limit)
-                passed += [half] if half else []
-                break
-            passed.append(tried)
-            student = tried
-            share *= _AUTO_STEP
+        passed += walk_down(self.bench, self.dense, table, lambda *found: self._acceptable(limit, *found))
         while passed and not self.judge(passed[-1], self.held_back).loss[1] <= limit:
             passed.pop()
         if not passed:
@@ -449,7 +350,7 @@ class _Search:
                 "allow a larger drop or give more calibration rows"
             )
         chosen = passed[-1]
-        return chosen, table, table.predict(chosen.counts), self._measure(chosen, given)
+        return Reached(chosen, table, table.predict(chosen.counts), self.meter.measure(chosen, given, self.shipping))
 
     def _integers_within(self, student: Student, limit: float) -> bool:
         """Leave the most sensitive products in float until the unpruned model in int8 loses no more than ``limit``; in the end, all."""
@@ -461,25 +362,14 @@ class _Search:
                 self.shipping = self.shipping.with_floats(most_sensitive(groups, math.ceil(share * len(groups))))
             if self.shipping.scheme is None:
                 break
-            if self._acceptable(student, limit, f"int8 {100 * (1 - share):.0f}%", None):
+            if self._acceptable(limit, student, f"int8 {100 * (1 - share):.0f}%", None):
                 return True
         reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"
         self._refuse(Refusal("OP402", "int8", reason), others=bool(self.shipping.schedules))
         self.shipping = self.shipping.in_float()
         return False
 
-    def _unchanged(self, student: Student, scores: Scores, table: CostTable, budget: float) -> bool:
-        kept = choose(self.bench, student, scores, table, budget)
-        return kept is not None and all(len(kept[site]) == len(units) for site, units in student.kept.items())
-
-    def _try(self, student: Student, scores: Scores, table: CostTable, prunable: float, share: float, limit: float) -> Student | None:
-        kept = choose(self.bench, student, scores, table, table.fixed + prunable * share)
-        if kept is None:
-            return None
-        candidate = cut(self.bench, kept)
-        return candidate if self._acceptable(candidate, limit, f"auto {100 * share:.0f}%", table.predict(candidate.counts)) else None
-
-    def _acceptable(self, student: Student, limit: float, step: str, predicted: float | None) -> bool:
+    def _acceptable(self, limit: float, student: Student, step: str, predicted: float | None) -> bool:
         judged = self.judge(student, self.judges)
         name, loss = judged.loss
         # A count of hits on a few hundred rows is too noisy to steer by; the expected drop is not, and needs no labels.
@@ -496,31 +386,13 @@ class _Search:
         shipping = self.shipping if schedule is None else self.shipping.with_tokens(schedule.plan)
         return compare(self.study.given, shipping.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
 
-    def _measure(self, student: Student, given: float, shipping: Shipping | None = None) -> float:
-        """Milliseconds of a student, as its paired share of the file as given."""
-        models = {"given": self.study.given, "pruned": (shipping or self.shipping).ship(student)}
-        calls = {name: timed(model, self.request, self.settings.runtime) for name, model in models.items()}
-        clock = clock_for(self.settings.runtime)
-        timings = time_sessions(calls, clock=clock, seed=self.settings.recipe.seed, rounds=121, tolerance=0.004, max_seconds=20.0)
-        return given * ratio(timings, "pruned", "given").median
-
     def _note(self, step: str, student: Student, predicted: float | None, measured: float | None, **losses: float) -> None:
         self.trail.append({"step": step, "kept": student.counts, "predicted": predicted, "measured": measured, **losses})
         words = [f"{value:.4g}" if value else "-" for value in (predicted, measured)]
         log.info("%s: predicted %s, measured %s %s", step, *words, losses or "")
 
-    def _decision(
-        self,
-        student: Student,
-        table: CostTable,
-        given: float,
-        finished: float,
-        goal: float | None,
-        predicted: float,
-        measured: float,
-        *,
-        already_met: bool,
-    ) -> Decision:
+    def _decision(self, found: Reached, given: float, finished: float, goal: float | None, *, already_met: bool) -> Decision:
+        student, table = found.student, found.table
         plan = write_plan(
             self.study,
             self.settings,
@@ -529,7 +401,7 @@ class _Search:
             self.calibration,
             self.shipping,
             student,
-            {table.unit: predicted},
+            {table.unit: found.predicted},
             self.example,
             self.refusals,
         )
@@ -544,8 +416,8 @@ class _Search:
             given,
             finished,
             goal,
-            predicted,
-            measured,
+            found.predicted,
+            found.measured,
             already_met,
             student,
             student.fits,

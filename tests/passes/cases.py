@@ -16,7 +16,7 @@ from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.cutting import replace_constants
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model, load
-from onnxprune.passes import manager
+from onnxprune.passes import meter
 from onnxprune.passes.workbench import Recipe, Student, Workbench
 from onnxprune.runtime.measure import time_sessions
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
@@ -89,11 +89,11 @@ def clockwork(monkeypatch: pytest.MonkeyPatch, given: float = 7.0) -> None:
     def measured(anatomy: Any, sites: Any, *args: Any, **options: Any) -> tuple[CostTable, float]:
         return linear_table(sites), given
 
-    def as_predicted(self: Any, student: Student, given: float) -> float:
+    def as_predicted(self: Any, student: Student, *rest: Any) -> float:
         return linear_table(self.bench.sites).predict(student.counts)
 
-    monkeypatch.setattr(manager, "measured_costs", measured)
-    monkeypatch.setattr(manager._Search, "_measure", as_predicted)
+    monkeypatch.setattr(meter, "measured_costs", measured)
+    monkeypatch.setattr(meter.Meter, "measure", as_predicted)
 
 
 def brief_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def brief_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
         return time_sessions(runs, **{**options, "rounds": 7, "min_seconds": 0.0005})
 
     for module in (
-        "onnxprune.passes.manager",
+        "onnxprune.passes.meter",
         "onnxprune.passes.finishing",
         "onnxprune.passes.int8",
         "onnxprune.search.costs",

@@ -12,7 +12,7 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import NothingPrunable, TargetError
 from onnxprune.graph.model import load
 from onnxprune.options import settings
-from onnxprune.passes import manager, shipping
+from onnxprune.passes import manager, meter, shipping
 from onnxprune.passes.apply import execute
 from onnxprune.passes.decision import Decision
 from onnxprune.passes.int8 import Scheme, Trial, products_of
@@ -47,8 +47,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, error: float | None = None) -> None
     def timed(self: Any, known: Shipping, what: str) -> tuple[CostTable, float]:
         return table(self.bench.sites, known), GIVEN
 
-    def measure(self: Any, student: Student, given: float) -> float:
-        return table(self.bench.sites, self.shipping).predict(student.counts)
+    def measure(self: Any, student: Student, given: float, known: Shipping) -> float:
+        return table(self.bench.sites, known).predict(student.counts)
 
     def groups(*args: Any, **options: Any) -> tuple[Group, ...]:
         found = real(*args, **options)
@@ -57,8 +57,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, error: float | None = None) -> None
     real = shipping.measure_groups
     monkeypatch.setattr(shipping, "measure_groups", groups)
     monkeypatch.setattr(shipping, "choose_scheme", lambda *_, **__: (DYNAMIC, (Trial(DYNAMIC, 2.0, 0.01),)))
-    monkeypatch.setattr(manager._Search, "_timed", timed)
-    monkeypatch.setattr(manager._Search, "_measure", measure)
+    monkeypatch.setattr(meter.Meter, "_timed", timed)
+    monkeypatch.setattr(meter.Meter, "measure", measure)
 
 
 def search(name: str = BERT, rows: int = 32, passes: str = "heads,ffn,int8", **options: Any) -> Decision:

@@ -13,7 +13,7 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.model import Model, load
 from onnxprune.options import settings
-from onnxprune.passes import manager
+from onnxprune.passes import anchor, manager, meter
 from onnxprune.passes.apply import execute
 from onnxprune.passes.decision import Decision, split, summary
 from onnxprune.passes.manager import decide
@@ -305,10 +305,10 @@ def test_a_latency_that_misses_is_decided_again_from_what_was_measured(monkeypat
     clockwork(monkeypatch)
     slower = 1.15
 
-    def measure(self: Any, student: Student, given: float) -> float:
+    def measure(self: Any, student: Student, *rest: Any) -> float:
         return slower * linear_table(self.bench.sites).predict(student.counts)
 
-    monkeypatch.setattr(manager._Search, "_measure", measure)
+    monkeypatch.setattr(meter.Meter, "measure", measure)
     decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="60%", rounds=2))
     first, *more = decision.trail
     assert decision.goal == pytest.approx(4.2)
@@ -324,9 +324,9 @@ def test_a_latency_that_misses_is_decided_again_from_what_was_measured(monkeypat
 def test_a_table_that_was_far_off_leads_to_a_new_descent_of_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     clockwork(monkeypatch)
     slower, rounds = 1.3, []
-    real = manager.descend
+    real = anchor.descend
 
-    def measure(self: Any, student: Student, given: float) -> float:
+    def measure(self: Any, student: Student, *rest: Any) -> float:
         return slower * linear_table(self.bench.sites).predict(student.counts)
 
     def watched(*args: Any, **options: Any) -> Any:
@@ -334,8 +334,8 @@ def test_a_table_that_was_far_off_leads_to_a_new_descent_of_more_rounds(monkeypa
         rounds.append(found.rounds if found else None)
         return found
 
-    monkeypatch.setattr(manager._Search, "_measure", measure)
-    monkeypatch.setattr(manager, "descend", watched)
+    monkeypatch.setattr(meter.Meter, "measure", measure)
+    monkeypatch.setattr(anchor, "descend", watched)
     decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="90%", rounds=4))
     assert rounds == [1, 2], "one cut of a third would be too deep"
     assert decision.measured == pytest.approx(decision.goal, rel=0.03)
@@ -344,10 +344,10 @@ def test_a_table_that_was_far_off_leads_to_a_new_descent_of_more_rounds(monkeypa
 def test_a_latency_that_fits_is_not_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clockwork(monkeypatch)
 
-    def measure(self: Any, student: Student, given: float) -> float:
+    def measure(self: Any, student: Student, *rest: Any) -> float:
         return 4.2
 
-    monkeypatch.setattr(manager._Search, "_measure", measure)
+    monkeypatch.setattr(meter.Meter, "measure", measure)
     decision = search(load(zoo.path(BERT)), calibration(BERT), settings(target_latency="60%", rounds=1))
     assert [entry["step"] for entry in decision.trail] == ["anchor 0"]
     assert decision.measured == 4.2
@@ -362,11 +362,11 @@ def test_of_several_tries_the_nearest_is_taken_and_rather_too_fast_than_too_slow
     clockwork(monkeypatch)
     measured: list[dict[str, int]] = []
 
-    def measure(self: Any, student: Student, given: float) -> float:
+    def measure(self: Any, student: Student, *rest: Any) -> float:
         measured.append(student.counts)
         return answers[len(measured) - 1]
 
-    monkeypatch.setattr(manager._Search, "_measure", measure)
+    monkeypatch.setattr(meter.Meter, "measure", measure)
     chosen = settings(target_latency="60%", rounds=1, compensation="none", importance="magnitude")
     decision = search(load(zoo.path(BERT)), calibration(BERT), chosen)
     assert decision.measured == answers[taken]
@@ -383,8 +383,8 @@ def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.Monkey
             call()
         return Timings({"given": np.array([2.0, 4, 6]), "pruned": np.array([1.0, 2, 3])}, "thread", None)
 
-    monkeypatch.setattr(manager, "time_sessions", timing)
-    assert searching._measure(searching.dense, 7.0) == 3.5
+    monkeypatch.setattr(meter, "time_sessions", timing)
+    assert searching.meter.measure(searching.dense, 7.0, searching.shipping) == 3.5
 
 
 def test_arrays_of_the_cases_have_mixed_lengths() -> None:
