@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxprune.calibration.data import Batch
 from onnxprune.graph.caches import cut_feeds
-from onnxprune.graph.cutting import Frontier, cut_piece
+from onnxprune.graph.cutting import Frontier, cut_piece, sizes_among
 from onnxprune.graph.model import Model
 from onnxprune.graph.storage import release
 from onnxprune.graph.view import GraphView
@@ -38,7 +38,7 @@ class Prefix:
         What lies between ``passed`` and ``wanted`` runs again in the next piece, then perhaps with other weights.
         """
         nodes, live = self.frontier.advance(wanted, passed)
-        piece = cut_piece(self.view, nodes, [*wanted, *live], self.known[0])
+        piece = cut_piece(self.view, nodes, [*wanted, *live], self.known[0], sizes_among(self.known))
         session = open_session(piece.model, self.options) if piece.model is not None else None
         for known in self.known:
             if session is not None:

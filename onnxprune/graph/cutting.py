@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,10 @@ class Frontier:
         return name in self.view.graph_outputs or any(node.index not in self.done for node, _ in self.view.consumers.get(name, ()))
 
 
-def cut_piece(view: GraphView, nodes: list[int], outputs: Iterable[str], known: Mapping[str, np.ndarray]) -> Piece:
-    """A model of some nodes of a graph; ``known`` gives an example of every tensor that may be fed."""
+def cut_piece(
+    view: GraphView, nodes: list[int], outputs: Iterable[str], known: Mapping[str, np.ndarray], fixed: Collection[str] = ()
+) -> Piece:
+    """A model of some nodes of a graph; ``known`` gives an example of every tensor that may be fed, ``fixed`` those always of its shape."""
     model = view.model
     chosen = [view.nodes[index] for index in nodes]
     made = {name for node in chosen for name in node.outputs if name}
@@ -68,11 +70,20 @@ def cut_piece(view: GraphView, nodes: list[int], outputs: Iterable[str], known: 
     proto.graph.initializer.extend(tensor for tensor in model.proto.graph.initializer if tensor.name in read)
     for name in fed:
         example = known[name]
-        dims = [f"{name}.{axis}" for axis in range(example.ndim)]
+        dims = list(example.shape) if name in fixed else [f"{name}.{axis}" for axis in range(example.ndim)]
         proto.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(example.dtype), dims))
     proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in delivered)
     weights = {name: model.weights[name] for name in read if name in model.weights}
     return Piece(Model(proto, weights), tuple(fed), delivered)
+
+
+def sizes_among(known: Sequence[Mapping[str, np.ndarray]]) -> set[str]:
+    """Lists of whole numbers that are equally long in every batch: sizes of images among them.
+
+    A piece that reads them must know their number: of unknown number, shape inference takes them for none and refuses a Resize.
+    """
+    lists = {name: value.shape for name, value in known[0].items() if value.ndim == 1 and value.dtype == np.int64} if known else {}
+    return {name for name, shape in lists.items() if all(other[name].shape == shape for other in known)}
 
 
 def replace_constants(model: Model, changes: Mapping[tuple[int, int], np.ndarray], suffix: str) -> Model:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxprune.graph.cutting import cut_piece
+from onnxprune.graph.cutting import cut_piece, sizes_among
 from onnxprune.graph.model import Model
 from onnxprune.graph.storage import release
 from onnxprune.graph.view import GraphView, captured
@@ -123,7 +123,7 @@ def run_segment(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Take every batch through one piece: yields what is known of it then, and keeps in ``known`` only what is read later."""
     inputs = frozenset(view.graph_inputs)
-    piece = cut_piece(view, list(part.nodes), part.live, known[0])
+    piece = cut_piece(view, list(part.nodes), part.live, known[0], sizes_among(known))
     session = open_session(piece.model, options, optimize=optimize) if piece.model is not None else None
     for batch in known:
         if session is not None:

@@ -43,6 +43,26 @@ def test_a_prefix_reaches_every_site_with_the_values_of_the_whole_graph(name: st
         np.testing.assert_allclose(values[0], run(direct, batch.feeds)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_sizes_computed_in_one_piece_are_read_in_the_next() -> None:
+    """Shape inference takes sizes of unknown number for none, and onnxruntime refuses the graph."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 2, h, w] x) => (float[N, 2, p, q] y) {
+        shape = Shape (x)
+        half = Sigmoid (x)
+        first, last = Split (shape)
+        double = Add (last, last)
+        relu = Relu (half)
+        sizes = Concat <axis = 0> (first, double)
+        y = Resize <mode = "linear"> (relu, , , sizes)
+    }""")
+    x = np.random.default_rng(0).standard_normal((4, 2, 3, 5)).astype(np.float32)
+    prefix = Prefix(load(model), cut({"x": x}, 2), RuntimeOptions())
+    for stop in (["half", "first", "double"], ["relu"], ["y"]):
+        values = [value for *_, value in prefix.advance(stop, stop)]
+    expected = run(open_session(load(model)), {"x": x})[0]
+    np.testing.assert_allclose(np.concatenate(values), expected, rtol=1e-5)
+
+
 def test_a_prefix_keeps_the_boundary_only() -> None:
     name = "bert-sdpa-do18"
     anatomy = anatomy_of(load(zoo.path(name)))
