@@ -17,6 +17,7 @@ import numpy as np
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import check_labels_of, check_loss, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
+from onnxprune.graph.autodiff import NoGradient
 from onnxprune.graph.slicing import Kept
 from onnxprune.passes.anchor import MISS, REPEATS, Reached, reach
 from onnxprune.passes.auto import walk_down
@@ -154,9 +155,28 @@ class _Search:
         shipping, start = self.shipping, self.dense
         for target in targets:
             self.settings, self.shipping, self.trail, self.polished = replace(self.settings, target=target), shipping, [], None
-            decision = self._towards(tables, given, start)
+            try:
+                decision = self._towards(tables, given, start)
+            except NoGradient as missing:
+                self._score_without_gradients(missing)
+                self.shipping, self.trail = shipping, []
+                decision = self._towards(tables, given, start)
             start = decision.student
             yield decision
+
+    def _score_without_gradients(self, missing: NoGradient) -> None:
+        """Take the nearest relative of the default criterion that needs none, and say so; other criteria were asked for by name.
+
+        Raises:
+            NoGradient: another criterion.
+        """
+        if self.bench.recipe.importance != "kfac":
+            raise missing
+        leaves = [site.consumers[0].leaf for site in self.bench.sites]
+        plain = all((value := self.study.anatomy.view.value(leaf.tensor)) is not None and value.ndim == 2 for leaf in leaves)
+        substitute = "obs" if plain else "energy"
+        log.warning("%s; units are scored by %s instead, which knows the layer and not the loss", missing.found, substitute)
+        self.bench = replace(self.bench, recipe=replace(self.bench.recipe, importance=substitute))
 
     def _towards(self, tables: Tables, given: float, start: Student) -> Decision:
         target = self.settings.target

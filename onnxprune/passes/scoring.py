@@ -239,8 +239,8 @@ def local_scores(
         weight = view.value(by_name[consumer.leaf.node.name].inputs[consumer.leaf.slot])
         if weight is None:
             raise InputError(f"importance {criterion!r} needs a matrix that reads {site.name}; use fisher")
-        if weight.ndim != 2 and (site.kind != "channels" or criterion == "obs"):
-            raise InputError(f"importance {criterion!r} needs a plain matrix to read {site.name}, not {weight.ndim} dimensions; use fisher")
+        if weight.ndim != 2 and criterion == "obs":
+            raise InputError(f"importance 'obs' needs a plain matrix to read {site.name}, not {weight.ndim} dimensions; use energy")
         rows = np.moveaxis(weight, consumer.leaf.axis, 0).reshape(weight.shape[consumer.leaf.axis], -1)
         labels = student_labels(site, kept, consumer, sites)
         read = () if moment is None else (moment.covariance if needs == "covariance" else moment.mean,)

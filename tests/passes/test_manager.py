@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.source import load_calibration
 from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.model import Model, load
 from onnxprune.options import settings
@@ -44,6 +45,24 @@ def only_ffn() -> Model:
     net = Net()
     hidden = net("Relu", net.linear("x", WIDTH, FFN))
     return load(net.done(net.add("x", net.linear(hidden, FFN, WIDTH))))
+
+
+def behind_a_step() -> Model:
+    """A feed-forward block whose result passes an operator without a gradient."""
+    net = Net()
+    y = net.add("x", net.ffn("x"))
+    return load(net.done(net.add(y, net("Hardmax", y))))
+
+
+def test_where_an_operator_has_no_gradient_the_default_criterion_gives_way(caplog: pytest.LogCaptureFixture) -> None:
+    rows = load_calibration({"x": np.random.default_rng(0).standard_normal((32, 5, WIDTH)).astype(np.float32)}, behind_a_step())
+    decided = decide(understand(behind_a_step(), settings(target_macs="60%")), rows, settings(target_macs="60%"))
+    assert "no gradient through Hardmax" in caplog.text
+    assert decided.plan.recipe["importance"] == "obs"
+    assert decided.student.counts["layer.0.ffn"] < FFN
+    asked = settings(target_macs="60%", importance="fisher")
+    with pytest.raises(InputError, match="no gradient through Hardmax .* score without gradients"):
+        decide(understand(behind_a_step(), asked), rows, asked)
 
 
 # --- scope -------------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from onnxprune.graph.autodiff.gradient import ADJOINT, GRADIENT, TARGET, WEIGHT, Link, Tap, adjoint_model, gradient_model
 from onnxprune.graph.autodiff.reverse import differentiate
-from onnxprune.graph.autodiff.rules import MissingGradient, Tape
+from onnxprune.graph.autodiff.rules import MissingGradient, NoGradient, Tape
 
 __all__ = [
     "ADJOINT",
@@ -11,6 +11,7 @@ __all__ = [
     "WEIGHT",
     "Link",
     "MissingGradient",
+    "NoGradient",
     "Tap",
     "Tape",
     "adjoint_model",

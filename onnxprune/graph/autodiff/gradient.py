@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from onnxprune.errors import InputError
 from onnxprune.graph.autodiff.reverse import differentiate
-from onnxprune.graph.autodiff.rules import Tape
+from onnxprune.graph.autodiff.rules import NoGradient, Tape
 from onnxprune.graph.lowering import lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
@@ -199,7 +199,7 @@ def _by_unit(tape: Tape, tap: Tap, total: str, output: str) -> None:
 
 def _require_batches(tap: Tap, dims: tuple[tuple[int, ...], ...], batches: tuple[int, int]) -> None:
     if any(shape[0] % batch for shape, batch in zip(dims, batches, strict=True)):
-        raise InputError(
+        raise NoGradient(
             f"tap {tap.name!r}: the first axis of {tap.tensor!r} (sizes {dims[0][0]} and {dims[1][0]}) is no multiple of the "
             f"batch sizes {batches[0]} and {batches[1]}, so its rows cannot be told apart by sample"
         )

@@ -20,15 +20,20 @@ SimpleRule = Callable[["Tape", Node, str], Adjoints]
 RULES: dict[tuple[str, str], Rule] = {}
 
 
-class MissingGradient(InputError):
+class NoGradient(InputError):
+    """Masks have no gradient in this model; ``found`` says why, without the way out."""
+
+    def __init__(self, found: str) -> None:
+        self.found = found
+        super().__init__(f"{found}; score without gradients (--importance energy or magnitude), or exclude the sites before this node")
+
+
+class MissingGradient(NoGradient):
     """A node between a mask and the loss has no derivative rule, or is used in a form its rule does not cover."""
 
     def __init__(self, node: Node, why: str = "this operator has no derivative rule") -> None:
         domain = f"{node.domain}." if node.domain else ""
-        super().__init__(
-            f"no gradient through {domain}{node.op} (node {(node.name or node.outputs[0])!r}): {why}; "
-            "score without gradients (--importance energy or magnitude), or exclude the sites before this node"
-        )
+        super().__init__(f"no gradient through {domain}{node.op} (node {(node.name or node.outputs[0])!r}): {why}")
 
 
 class Tape(Emitter):
