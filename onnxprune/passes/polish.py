@@ -44,8 +44,12 @@ POLISH = PolishPass(
 
 EPOCHS = 8
 STEP = 3e-3
-"""Step of the optimiser relative to the root mean square of each weight; falls linearly to zero."""
+"""Step of the optimiser relative to the root mean square of each weight; it falls linearly to zero."""
 
+_TOO_FAR = 1.5
+"""A divergence this many times that of the best epoch: the step was too long, and the next epoch begins there with a shorter one."""
+
+_SHORTER = 0.25
 _HINTS = 0.3
 _WARM_UP = 20
 _SMALLEST = 1e-3
@@ -84,15 +88,18 @@ def polish(
     except InputError as reason:
         return Refusal("OP902", "polish", str(reason))
     before = best = yardstick(student.model)
-    found, epoch = student, 0
+    found, epoch, step = student, 0, STEP
     tell = bench.report("polish")
     for number in range(1, epochs + 1):
-        run_.epoch(data, number, epochs)
+        run_.epoch(data, number, step * (1 - (number - 1) / epochs), step * (1 - number / epochs))
         candidate = run_.student()
         error = yardstick(candidate.model)
         log.info("polish: epoch %d, divergence %.4g (%.4g at the start)", number, error, before)
         if error < best:
             best, found, epoch = error, candidate, number
+        elif not error <= _TOO_FAR * best:
+            run_ = _Run(bench, found)
+            step *= _SHORTER
         if tell:
             tell(number, epochs)
     return found, Polished(before, best, epoch, epochs)
@@ -122,14 +129,13 @@ class _Run:
         self.mean, self.square = np.zeros_like(self.weights), np.zeros_like(self.weights)
         self.steps = 0
 
-    def epoch(self, data: CalibrationData, number: int, epochs: int) -> None:
-        """One walk through the rows and as many spliced ones."""
+    def epoch(self, data: CalibrationData, number: int, step: float, last_step: float) -> None:
+        """Walk number ``number`` through the rows and as many spliced ones, with steps that fall linearly to ``last_step``."""
         rng = np.random.default_rng([self.bench.recipe.seed, number])
         rows = joined(data, spliced(data, len(data), rng))
         batches = _shuffled(rows, len(self.bench.batches[0]) * 2, rng)
         for done, index in enumerate(batches):
-            share = (number - 1 + done / len(batches)) / epochs
-            self._step(rows.batch(index, trim=True), STEP * (1 - share))
+            self._step(rows.batch(index, trim=True), step + (last_step - step) * done / len(batches))
 
     def _step(self, batch: Batch, step: float) -> None:
         tensors = [self.bench.objective.tensor, *self.hints]

@@ -61,7 +61,7 @@ def test_where_an_operator_has_no_gradient_the_default_criterion_gives_way(caplo
     assert decided.plan.recipe["importance"] == "obs"
     assert decided.student.counts["layer.0.ffn"] < FFN
     asked = settings(target_macs="60%", importance="fisher")
-    with pytest.raises(InputError, match="no gradient through Hardmax .* score without gradients"):
+    with pytest.raises(InputError, match=r"no gradient through Hardmax .* score without gradients"):
         decide(understand(behind_a_step(), asked), rows, asked)
 
 

@@ -51,6 +51,16 @@ def test_what_did_not_get_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[1] == Polished(yardstick(student.model), yardstick(student.model), 0, 2)
 
 
+def test_a_step_that_is_too_long_becomes_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP", 1.0)
+    bench = workbench(BERT)
+    yardstick = Yardstick(bench.anatomy.model, calibration(BERT), bench.objective, RuntimeOptions())
+    found = polish(bench, halved(bench), calibration(BERT), yardstick, epochs=10)
+    assert isinstance(found, tuple)
+    assert found[1].epoch > 1
+    assert found[1].after < found[1].before
+
+
 def test_a_run_polishes_and_its_plan_replays_the_bytes(tmp_path: Path) -> None:
     paths = {name: tmp_path / name for name in ("out.onnx", "twice.onnx", "again.onnx", "run")}
     brief = {**COUNTED, "calib": arrays(BERT, 64), "passes": "heads,ffn,polish"}

@@ -1,0 +1,157 @@
+"""What is left of a model at a share of its time: accuracy and divergence over measured latency, without labels.
+
+    python -m benchmarks.accuracy --models FOLDER                  # all tasks, shares and seeds
+    python -m benchmarks.accuracy --task vision --passes heads,ffn,polish --seeds 1
+    python -m benchmarks.accuracy --draw                           # only the picture, from the results so far (needs matplotlib)
+
+Shares are of the *finished* original, which is faster than the file as given: what pruning itself gains, in one paired, interleaved run. Of
+2,048 calibration rows 768 decide and 256 choose between candidates; accuracy is that of all test rows. Results are kept run by run in
+``benchmarks/results/accuracy_TASK.json``; a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax
+from scipy.stats import spearmanr
+
+import onnxprune
+from benchmarks.tasks import EMBEDDING, NAMES, Task, cosines, hits, outputs, task
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE = RESULTS.parents[1] / "docs" / "images" / "accuracy.png"
+SHARES = (0.5, 0.33, 0.25, 0.15)
+PIPELINES = ("heads,ffn", "heads,ffn,polish")
+ROWS = 768
+
+
+def finished_share(chosen: Task, seconds: float) -> float:
+    """What of the time of the file as given its finished copy takes."""
+    result = onnxprune.prune(
+        chosen.model_path, calib=chosen.calib_path, target_params="100%", write_unpruned=True, samples=64, bench_seconds=seconds
+    )
+    assert result.benchmark is not None
+    return 1 / result.benchmark.variants["finished copy"].speedup.median
+
+
+def run(chosen: Task, passes: str, share: float, of_given: float, seed: int, seconds: float) -> dict[str, Any]:
+    """One model: what it takes of the finished original's time, and what it still knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.time()
+        result = onnxprune.prune(
+            chosen.model_path,
+            calib=chosen.calib_path,
+            passes=passes,
+            target_latency=f"{100 * share * of_given:.2f}%",
+            samples=ROWS,
+            seed=seed,
+            output=Path(folder) / "small.onnx",
+            bench_seconds=seconds,
+            keep_best=True,
+        )
+        wall = time.time() - started
+        assert result.output is not None
+        assert result.benchmark is not None
+        variants = result.benchmark.variants
+        pruned, finished = (variants[name].speedup for name in ("pruned", "finished original"))
+        return {
+            "passes": passes,
+            "share": share,
+            "seed": seed,
+            "measured": finished.median / pruned.median,
+            "interval": [finished.median / pruned.high, finished.median / pruned.low],
+            "wall_s": round(wall, 1),
+            "polish": result.record["polish"],
+            **quality(chosen, result.output),
+        }
+
+
+def quality(chosen: Task, model: Path) -> dict[str, float]:
+    """Accuracy and divergence on all test rows; of vectors cosine and rank correlation of similarities."""
+    if chosen.name == EMBEDDING:
+        known, found = outputs(chosen.model_path, chosen.test), outputs(model, chosen.test)
+        pairs = np.random.default_rng(0).integers(0, len(known), (20_000, 2))
+        similar = [np.einsum("rw,rw->r", vectors[pairs[:, 0]], vectors[pairs[:, 1]]) for vectors in (known, found)]
+        return {"cosine": float(cosines(model, chosen).mean()), "rank_correlation": float(spearmanr(*similar).statistic)}
+    known, found = (outputs(path, chosen.test).astype(np.float64) for path in (chosen.model_path, model))
+    logs = [log_softmax(scores, axis=1) for scores in (known, found)]
+    return {
+        "accuracy": float(hits(model, chosen.test).mean()),
+        "dense": float(hits(chosen.model_path, chosen.test).mean()),
+        "kl": float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(1).mean()),
+    }
+
+
+def measure(chosen: Task, pipelines: list[str], shares: list[float], seeds: int, seconds: float) -> None:
+    """Every run that is not there yet, kept as it ends."""
+    file = RESULTS / f"accuracy_{chosen.name}.json"
+    found = json.loads(file.read_text()) if file.is_file() else {"finished_share": finished_share(chosen, seconds), "runs": []}
+    done = {(row["passes"], row["share"], row["seed"]) for row in found["runs"]}
+    for seed in range(seeds):
+        for passes in pipelines:
+            for share in shares:
+                if (passes, share, seed) not in done:
+                    row = run(chosen, passes, share, found["finished_share"], seed, seconds)
+                    print(chosen.name, json.dumps(row), flush=True)
+                    found["runs"].append(row)
+                    file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def draw() -> None:
+    """Accuracy (cosine, for vectors) over measured latency, by task; one line a pipeline, all seeds as points."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    files = {name: RESULTS / f"accuracy_{name}.json" for name in (*NAMES, EMBEDDING)}
+    known = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    figure, axes = pyplot.subplots(1, len(known), figsize=(4.2 * len(known), 3.4), squeeze=False)
+    for axis, (name, found) in zip(axes[0], known.items(), strict=True):
+        measure_, scale = ("cosine", 1.0) if name == EMBEDDING else ("accuracy", 100.0)
+        for passes in dict.fromkeys(row["passes"] for row in found["runs"]):
+            rows = [row for row in found["runs"] if row["passes"] == passes]
+            (points,) = axis.plot([100 * row["measured"] for row in rows], [scale * row[measure_] for row in rows], "o", alpha=0.5, ms=4)
+            means = [
+                np.mean([(100 * row["measured"], scale * row[measure_]) for row in rows if row["share"] == share], axis=0)
+                for share in sorted({row["share"] for row in rows})
+            ]
+            axis.plot(*np.transpose(means), "-", color=points.get_color(), label=passes.replace(",", " + "))
+        if name != EMBEDDING:
+            axis.axhline(scale * found["runs"][0]["dense"], color="grey", lw=0.8, ls="--", label="dense")
+        axis.set(
+            title=name, xlabel="% of the finished original's latency", ylabel="cosine to dense" if name == EMBEDDING else "accuracy, %"
+        )
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="folder of ready-made models (default: the project's samples)")
+    parser.add_argument("--task", choices=(*NAMES, EMBEDDING), action="append", help="only this task (repeatable)")
+    parser.add_argument("--passes", action="append", help=f"only this pipeline (repeatable; default: {' and '.join(PIPELINES)})")
+    parser.add_argument("--share", type=float, action="append", help="only this share of the finished original's time (repeatable)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20, help="most time of one benchmark")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the picture")
+    args = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for name in () if args.draw else args.task or (*NAMES, EMBEDDING):
+        measure(task(name, args.models), args.passes or list(PIPELINES), args.share or list(SHARES), args.seeds, args.seconds)
+    if args.draw:
+        draw()
+
+
+if __name__ == "__main__":
+    main()
