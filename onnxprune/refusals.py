@@ -228,7 +228,7 @@ CODES: dict[str, Code] = {
             "OP506",
             "no rows to lose",
             "No table of more than 512 rows is looked up by the ids of an integer input, or all of its rows occur in the data.",
-            "no table whose rows the ids of a graph input pick has rows to lose",
+            "no table of more than 512 rows whose rows the ids of a graph input pick has rows to lose",
             "leave vocab out of --passes, or check that the data are those of your domain",
         ),
         Code(

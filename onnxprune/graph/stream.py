@@ -40,6 +40,8 @@ def find_streams(view: GraphView, profile: Profile) -> tuple[tuple[Stream, ...],
         seen |= stream.members
         if len(set(stream.norms)) < 2:
             sums += _is_sum(view, node.inputs[0])
+        elif not any(_is_sum(view, name) for name in stream.members):
+            continue  # heads whose queries are normalised one by one, for instance: no branch writes them
         elif reason is not None or len(stream.bridges) > MOST_BRIDGES:
             reason = reason or _too_many(view, stream)
             refusals.setdefault(reason, Refusal("OP603", node.name, reason))

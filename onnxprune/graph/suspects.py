@@ -16,6 +16,7 @@ from onnxprune.graph.view import GraphView, Node, captured, inner_views
 
 ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
+_NORMS = ("Norm", "Reduce")
 
 
 def is_attention(view: GraphView, node: Node) -> bool:
@@ -28,6 +29,9 @@ def _is_activation_product(view: GraphView, node: Node) -> bool:
 
 def refuse_blocked(view: GraphView, node: Node, tensor: str, blocked: Blocked) -> Refusal | None:
     """A blocked trace is worth a word only if it started inside something that looks like an FFN."""
+    if looks_like_ffn(view, tensor, normalised=True):
+        reason = f"{blocked.reason} (at {blocked.node or 'the graph boundary'}) between the nonlinearity and the second matrix"
+        return Refusal("OP201", node.name, reason, "what is left would be normalised otherwise; leave it")
     if blocked.normalises or not looks_like_ffn(view, tensor):
         return None
     return Refusal("OP201", node.name, f"{blocked.reason} (at {blocked.node or 'the graph boundary'})")
@@ -49,23 +53,34 @@ def refuse_unlike(view: GraphView, node: Node, tensor: str, results: Sequence[Gr
     return []
 
 
-def looks_like_ffn(view: GraphView, tensor: str) -> bool:
-    """Walking back from ``tensor`` to the nearest weight products meets a nonlinearity, and no attention or normalisation."""
-    pending, nonlinear, products, visited = [tensor], False, 0, set()
+def looks_like_ffn(view: GraphView, tensor: str, normalised: bool = False) -> bool:
+    """Walking back from ``tensor`` to the nearest weight products meets a nonlinearity, and no attention or normalisation.
+
+    Args:
+        normalised: a normalisation must be met as well (ConvNeXt V2, MAGNETO), and nothing but weight products behind it all: a residual
+            stream that is normalised leads back to embeddings or convolutions.
+    """
+    pending, nonlinear, products, norms, visited = [tensor], False, 0, 0, set()
+    ends = ("Softmax", "Conv") if normalised else ("Softmax", *_NORMS)
     while pending:
         node = view.producer.get(pending.pop())
-        if node is None or node.index in visited or node.op in MEASURES:
+        if node is not None and (node.index in visited or node.op in MEASURES):
             continue  # a shape that is measured somewhere upstream is no way back
+        if node is None:
+            if normalised:
+                return False
+            continue
         visited.add(node.index)
         if node.op in WEIGHTED and any(view.is_constant(name) for name in node.inputs[:2]):
             products += 1
-        elif is_attention(view, node) or any(word in node.op for word in ("Softmax", "Norm", "Reduce")):
+        elif is_attention(view, node) or any(word in node.op for word in ends):
             return False
         else:
+            norms += any(word in node.op for word in _NORMS)
             nonlinear |= node.op in NONLINEAR
             data = sorted(captured(node.proto)) if node.op == "If" else node.inputs  # its input is the condition
             pending.extend(name for name in data if name and not view.is_constant(name))
-    return nonlinear and products > 0
+    return nonlinear and products > 0 and (norms > 0) == normalised
 
 
 def uncovered_attention(view: GraphView, tracer: Tracer, covered: Collection[int]) -> list[Refusal]:

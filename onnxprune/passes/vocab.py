@@ -13,7 +13,7 @@ from onnxprune.calibration.vocabulary import read_ids, special_ids
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView
-from onnxprune.graph.vocabulary import VocabMap, Vocabulary, WordTables, nearest_rows, other_reader, word_tables
+from onnxprune.graph.vocabulary import FEW_ROWS, VocabMap, Vocabulary, WordTables, nearest_rows, other_reader, word_tables
 from onnxprune.passes.base import VocabularyPass
 
 VOCAB = VocabularyPass(
@@ -91,7 +91,7 @@ def choose_vocabularies(model: Model, corpus: CalibrationData | None, keep_ids: 
             reason = f"{reader} reads the ids of {ids} as well, so that they must stay as they are: the map goes into the graph"
             refusals, place = (*refusals, Refusal("OP505", group.inputs[0], reason)), "graph"
     if not found and not any(refusal.code in ("OP501", "OP502", "OP503") for refusal in refusals):
-        reason = "no table whose rows the ids of a graph input pick has rows to lose"
+        reason = f"no table of more than {FEW_ROWS} rows whose rows the ids of a graph input pick has rows to lose"
         refusals = (*refusals, Refusal("OP506", "vocab", reason))
     return Reduction(tuple(found), place if found else "graph", tuple(coverage), refusals)
 

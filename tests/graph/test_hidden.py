@@ -23,6 +23,7 @@ from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import open_session, run
 from tests import zoo
 from tests.architectures import ARCHITECTURES, exports, feeds
+from tests.graph.net import DEPTH, Net
 from tests.graph.pruning import TOLERANCE
 
 VARIANT = "ts17-eager"
@@ -118,6 +119,17 @@ def test_what_no_rotation_passes_is_refused_by_name(name: str, reason: str) -> N
     assert not streams
     assert refusals[0].code == "OP603"
     assert reason in refusals[0].reason
+
+
+def test_queries_normalised_head_by_head_are_no_stream() -> None:
+    """StableLM has a norm for each head of one projection; no branch is added to what they read."""
+    net = Net(23)
+    heads = net("Split", net.heads(net.linear("x")), net.ints(1, 1, 1), axis=1, outputs=3)
+    parts = [net("Mul", net("RMSNormalization", head, net.weight(DEPTH), axis=-1), net("Softmax", head)) for head in heads]
+    model, profile = canonicalise(load(net.done(net("Concat", *parts, axis=1))))
+    streams, refusals = find_streams(GraphView(model), profile)
+    assert not streams
+    assert [refusal.site for refusal in refusals] == ["stream"]
 
 
 def test_a_basis_for_another_file_is_refused() -> None:

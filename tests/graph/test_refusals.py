@@ -77,11 +77,33 @@ def test_an_operator_without_a_rule_inside_an_attention_is_named() -> None:
     assert "CumSum" in refusal.reason
 
 
-def test_normalised_hidden_neurons_are_no_ffn() -> None:
+def test_neurons_that_are_normalised_together_are_named() -> None:
     net = Net()
     hidden = net("Relu", net.linear("x", WIDTH, FFN))
     hidden = net("LayerNormalization", hidden, net.weight(FFN), axis=-1)
-    assert anatomy_of(net.done(net.add("x", net.linear(hidden, FFN, WIDTH)))).sites == ()
+    refusal = only(anatomy_of(net.done(net.add("x", net.linear(hidden, FFN, WIDTH)))))
+    assert refusal.code == "OP201"
+    assert "LayerNormalization normalises over this axis" in refusal.reason
+
+
+def test_neurons_under_a_response_norm_are_named() -> None:
+    """ConvNeXt V2 divides what each neuron sees of the image by the mean over all neurons."""
+    net = Net()
+    hidden = net("Relu", net.linear("x", WIDTH, FFN))
+    size = net("ReduceL2", hidden, net.ints(1))
+    response = net("Mul", hidden, net("Div", size, net("ReduceMean", size, net.ints(2))))
+    hidden = net.add(hidden, net("Mul", response, net.weight(FFN)))
+    refusal = only(anatomy_of(net.done(net.add("x", net.linear(hidden, FFN, WIDTH)))))
+    assert refusal.code == "OP201"
+    assert "ReduceMean reduces over this axis" in refusal.reason
+
+
+def test_the_width_of_a_normalised_stream_is_no_feed_forward_block() -> None:
+    """Whatever branches add, a norm in front of a matrix reads the stream, and nobody asks why that is left alone."""
+    net = Net()
+    y = net.add("x", net("Relu", net.linear("x")))
+    y = net("LayerNormalization", y, net.weight(WIDTH))
+    assert anatomy_of(net.done(net.linear(y))).refusals == ()
 
 
 def test_softmax_over_heads_by_the_old_default_axis_blocks_them() -> None:
