@@ -24,11 +24,12 @@ from scipy.stats import spearmanr
 
 import onnxprune
 from benchmarks.tasks import EMBEDDING, NAMES, Task, cosines, hits, outputs, task
+from onnxprune.errors import TargetError
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = RESULTS.parents[1] / "docs" / "images" / "accuracy.png"
 SHARES = (0.5, 0.33, 0.25, 0.15)
-PIPELINES = ("heads,ffn", "heads,ffn,polish")
+PIPELINES = ("heads,ffn", "heads,ffn,polish", "heads,ffn,polish,int8")
 ROWS = 768
 
 
@@ -60,7 +61,7 @@ def run(chosen: Task, passes: str, share: float, of_given: float, seed: int, sec
         assert result.output is not None
         assert result.benchmark is not None
         variants = result.benchmark.variants
-        pruned, finished = (variants[name].speedup for name in ("pruned", "finished original"))
+        finished, pruned = variants["finished original"].speedup, list(variants.values())[-1].speedup
         return {
             "passes": passes,
             "share": share,
@@ -98,7 +99,10 @@ def measure(chosen: Task, pipelines: list[str], shares: list[float], seeds: int,
         for passes in pipelines:
             for share in shares:
                 if (passes, share, seed) not in done:
-                    row = run(chosen, passes, share, found["finished_share"], seed, seconds)
+                    try:
+                        row = run(chosen, passes, share, found["finished_share"], seed, seconds)
+                    except TargetError as error:
+                        row = {"passes": passes, "share": share, "seed": seed, "refused": str(error)}
                     print(chosen.name, json.dumps(row), flush=True)
                     found["runs"].append(row)
                     file.write_text(json.dumps(found, indent=1) + "\n")
@@ -117,7 +121,7 @@ def draw() -> None:
     for axis, (name, found) in zip(axes[0], known.items(), strict=True):
         measure_, scale = ("cosine", 1.0) if name == EMBEDDING else ("accuracy", 100.0)
         for passes in dict.fromkeys(row["passes"] for row in found["runs"]):
-            rows = [row for row in found["runs"] if row["passes"] == passes]
+            rows = [row for row in found["runs"] if row["passes"] == passes and "measured" in row]
             (points,) = axis.plot([100 * row["measured"] for row in rows], [scale * row[measure_] for row in rows], "o", alpha=0.5, ms=4)
             means = [
                 np.mean([(100 * row["measured"], scale * row[measure_]) for row in rows if row["share"] == share], axis=0)
