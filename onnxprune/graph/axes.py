@@ -239,9 +239,8 @@ class Tracer:
         name = node.inputs[0] if operand == 0 else node.outputs[0]
         place = state.uses[node.index, 0, axis] if (node.index, 0, axis) in state.uses and operand == 0 else state.places[name, axis]
         labels = state.canon(place.labels)
-        if (labels < 0).any():
-            if final:
-                raise Stop(Blocked(node.name, node.op, "only a part of an axis that is split or merged here belongs to the group"))
+        partial = bool((labels < 0).any())
+        if partial and not final:
             deferred[node.index, name, axis] = (node, link, operand, axis)
             return
         source_sizes = [shapes.of(operand)[a] for a in source_axes]
@@ -258,6 +257,8 @@ class Tracer:
         if not final:
             deferred[node.index, name, axis] = (node, link, operand, axis)
             return
+        if partial:
+            raise Stop(Blocked(node.name, node.op, "only a part of an axis that is split or merged here belongs to the group"))
         raise Fork(coarser(state, block))
 
     def _finish(self, state: State) -> Group:

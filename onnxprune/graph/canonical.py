@@ -39,7 +39,7 @@ def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None, 
     """
     model = _named(_inlined(model))
     model = _optimised(model)
-    model = fold_batch_norms(_unfused(_fold_weights(model)))
+    model = fold_batch_norms(_unfused(_plain_gathers(_fold_weights(model))))
     try:
         profile = take_profile(model, samples)
     except InputError:
@@ -178,6 +178,21 @@ def _fold_weights(model: Model) -> Model:
         for reader, slot in view.consumers.get(node.outputs[0], ()):
             if slot >= 0:
                 surgeon.nodes[reader.index].inputs[slot] = constant
+    return surgeon.close()
+
+
+def _plain_gathers(model: Model) -> Model:
+    """GatherND that picks constant positions of the first axis as Gather: torch writes ``x[:, :, [-1]]`` so (Falcon)."""
+    view = GraphView(model)
+    found = [node for node in view.nodes if node.op == "GatherND" and not node.domain and not node.attrs.get("batch_dims", 0)]
+    picks = {node.index: index for node in found if (index := view.value(node.inputs[1])) is not None and index.shape[-1] == 1}
+    if not picks:
+        return model
+    surgeon = Surgeon(model)
+    for place, index in picks.items():
+        edit = surgeon.nodes[place]
+        edit.op, edit.attrs = "Gather", {"axis": 0}
+        edit.inputs = [edit.inputs[0], surgeon.constant(index[..., 0], edit.inputs[1].name)]
     return surgeon.close()
 
 

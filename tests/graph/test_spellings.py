@@ -422,6 +422,21 @@ def rows_of_batch_and_heads(how: str) -> onnx.ModelProto:
     return net.done(net.add("x", net.linear(flat)))
 
 
+@form(BLOCK, "Gather", "GatherND")
+def one_key_for_all_heads_packed_on_the_axis_of_heads(op: str) -> onnx.ModelProto:
+    """Falcon: the last two of the heads of one projection are the key and the value of all others; dynamo picks them by GatherND."""
+    net = Net()
+    packed = net("Reshape", net.linear("x", WIDTH, WIDTH + 2 * DEPTH), net.ints(0, 0, HEADS + 2, DEPTH))
+    queries = net("Slice", packed, net.ints(0), net.ints(-2), net.ints(2))
+    if op == "Gather":
+        shared = [net(op, packed, net.ints(place), axis=2) for place in (-2, -1)]
+    else:
+        leading = net("Transpose", packed, perm=[2, 0, 1, 3])
+        shared = [net("Transpose", net(op, leading, net.constant(np.array([[place]]))), perm=[1, 2, 0, 3]) for place in (-2, -1)]
+    q, k, v = (net("Transpose", part, perm=[0, 2, 1, 3]) for part in (queries, *shared))
+    return net.done(net.add("x", net.linear(net.attend(q, k, v))))
+
+
 @form(BOTH, "scale", "sigmoid")
 def branches_that_a_gate_multiplies(how: str) -> onnx.ModelProto:
     """Adaptive norms of diffusion transformers scale a branch by numbers per sample, RWKV and shared experts by numbers per token."""
