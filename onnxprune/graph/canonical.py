@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, inliner
 
 from onnxprune.errors import InputError
 from onnxprune.graph.batch_norm import fold_batch_norms
+from onnxprune.graph.computed_weights import fold_computed_weights
 from onnxprune.graph.lowering import CannotLower, lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
@@ -39,7 +40,7 @@ def canonicalise(model: Model, samples: Mapping[str, np.ndarray] | None = None, 
     """
     model = _named(_inlined(model))
     model = _optimised(model)
-    model = fold_batch_norms(_unfused(_plain_gathers(_fold_weights(model))))
+    model = fold_batch_norms(_unfused(_plain_gathers(fold_computed_weights(_fold_weights(model)))))
     try:
         profile = take_profile(model, samples)
     except InputError:
