@@ -50,6 +50,28 @@ def rms_normalization(tape: Tape, node: Node, dy: str) -> Adjoints:
     return adjoints
 
 
+@rule("InstanceNormalization")
+def instance_normalization(tape: Tape, node: Node, dy: str) -> Adjoints:
+    """Over the places of each channel, as LayerNormalization is over its axes; group norms are written so, with a group for a channel."""
+    x, rank = node.inputs[0], tape.rank(node.inputs[0])
+    places = list(range(2, rank))
+    centred = tape.op("Sub", x, tape.reduce("ReduceMean", x, places, keepdims=True))
+    variance = tape.reduce("ReduceMean", tape.op("Mul", centred, centred), places, keepdims=True)
+    spread = tape.op("Sqrt", tape.op("Add", variance, tape.scalar(float(node.attrs.get("epsilon", 1e-5)), x)))
+    unit = tape.op("Div", centred, spread)
+    adjoints = {}
+    for slot in (1, 2):
+        if tape.wants(node, slot):
+            part = tape.op("Mul", dy, unit) if slot == 1 else dy
+            adjoints[slot] = tape.reduce("ReduceSum", part, [0, *places], keepdims=False)
+    if tape.wants(node, 0):
+        scaled = tape.op("Mul", dy, tape.unsqueeze(node.inputs[1], *range(1, rank - 1)))
+        shift = tape.reduce("ReduceMean", scaled, places, keepdims=True)
+        along = tape.reduce("ReduceMean", tape.op("Mul", scaled, unit), places, keepdims=True)
+        adjoints[0] = tape.op("Div", tape.op("Sub", tape.op("Sub", scaled, shift), tape.op("Mul", unit, along)), spread)
+    return adjoints
+
+
 def _affine(tape: Tape, node: Node, dy: str, unit: str, axes: list[int]) -> dict[int, str]:
     """Adjoints of the scale and the shift that follow the normalized value ``unit``."""
     adjoints = {}

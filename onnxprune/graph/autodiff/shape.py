@@ -66,26 +66,13 @@ def split(tape: Tape, node: Node, adjoints: Sequence[str | None]) -> Adjoints:
 
 @rule("Pad")
 def pad(tape: Tape, node: Node, dy: str) -> Adjoints:
-    """Cut the padding off again: start at the left pads, take the input's size. Only constant padding of value is differentiable here."""
-    x = node.inputs[0]
-    if node.attrs.get("mode", b"constant") != b"constant":
-        raise MissingGradient(node, "only mode 'constant' is covered")
-    rank = tape.rank(x)
-    pads = tape.constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    if pads is None or (pads < 0).any():
-        raise MissingGradient(node, "pads are negative or not constant")
-    axes = list(range(rank))
-    if len(node.inputs) > 3 and node.inputs[3]:
-        named = tape.constant(node.inputs[3])
-        if named is None:
-            raise MissingGradient(node, "axes are not constant")
-        axes = [int(axis) % rank for axis in named]
-    for position, axis in enumerate(axes):
-        left, right = int(pads[position]), int(pads[position + len(axes)])
-        if left or right:
-            start = tape.int64([left])
-            dy = tape.slice(dy, axis, start, _plus(tape, start, tape.size_of(x, axis)))
-    return {0: dy}
+    """Padding by the same numbers turned round: what was padded is cut off, what was cut off (a shift of tokens) gets nothing."""
+    if node.attrs.get("mode", b"constant") != b"constant" or len(node.inputs) < 2:
+        raise MissingGradient(node, "only mode 'constant' with pads as an input is covered")
+    pads = tape.constant(node.inputs[1])
+    back = tape.op("Neg", node.inputs[1]) if pads is None else tape.int64((-pads).tolist())
+    axes = node.inputs[3:4]
+    return {0: tape.op("Pad", dy, back, *(["", *axes] if axes and axes[0] else []))}
 
 
 @rule("Trilu")

@@ -93,6 +93,21 @@ def test_batch_normalization() -> None:
     compare(model, lambda x: F.batch_norm(x, *tensors))
 
 
+def test_padding_that_shifts_and_cuts() -> None:
+    """RWKV sees the token before by a row of zeros in front and one row less behind."""
+    pads = np.array([0, 0, 1, 0, 0, 0, -1, 2])
+    compare(one("Pad", pads), lambda x: F.pad(x, (0, 2, 1, -1)))
+    with_axes = one("Pad", np.array([1, -1]), None, np.array([2]), opset=18)
+    compare(with_axes, lambda x: F.pad(x, (0, 0, 1, -1)))
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_instance_normalization(opset: int) -> None:
+    scale, shift = weight(4), weight(4)
+    model = one("InstanceNormalization", scale, shift, opset=opset, epsilon=0.1)
+    compare(model, lambda x: F.instance_norm(x, weight=torch.from_numpy(scale), bias=torch.from_numpy(shift), eps=0.1))
+
+
 @pytest.mark.parametrize("opset", [11, 18])
 @pytest.mark.parametrize(("kernel", "stride", "pad", "ceil"), [(2, 2, 0, 0), (3, 2, 1, 0), (3, 1, 1, 0), (3, 2, 0, 1), (5, 2, 2, 0)])
 def test_max_pool(kernel: int, stride: int, pad: int, ceil: int, opset: int) -> None:

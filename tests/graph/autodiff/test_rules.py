@@ -311,7 +311,7 @@ def test_rule_equals_central_differences(tested: Case, opset: int) -> None:
 
 TESTED_WITH_CONVOLUTIONS = set(
     "Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool "
-    "BatchNormalization Resize Upsample SpaceToDepth DepthToSpace".split()
+    "BatchNormalization InstanceNormalization Resize Upsample SpaceToDepth DepthToSpace".split()
 )
 
 
