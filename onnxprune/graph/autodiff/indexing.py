@@ -166,6 +166,20 @@ def gather_nd(tape: Tape, node: Node, dy: str) -> Adjoints:
     return {0: tape.op("ScatterND", tape.zeros(tape.shape_of(x), like=x), indices, dy, reduction="add")}
 
 
+@rule("ScatterND")
+def scatter_nd(tape: Tape, node: Node, dy: str) -> Adjoints:
+    """What is written gets the adjoint of its places; what is overwritten gets none. Places are taken to be written once."""
+    reduction = node.attrs.get("reduction", b"none")
+    if reduction not in (b"none", b"add"):
+        raise MissingGradient(node, f"reduction {reduction.decode()} is not covered")
+    indices, updates = node.inputs[1:]
+    adjoints = {2: tape.op("GatherND", dy, indices)} if tape.wants(node, 2) else {}
+    if tape.wants(node, 0):
+        nothing = tape.zeros(tape.shape_of(updates), like=updates)
+        adjoints[0] = dy if reduction == b"add" else tape.op("ScatterND", dy, indices, nothing)
+    return adjoints
+
+
 def _require_scatter_add(tape: Tape, node: Node) -> None:
     if tape.opset < _SCATTER_ADD_FROM:
         raise MissingGradient(node, f"adding up repeated indices needs opset {_SCATTER_ADD_FROM}, the model has {tape.opset}")

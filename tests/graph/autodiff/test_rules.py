@@ -309,6 +309,14 @@ def test_rule_equals_central_differences(tested: Case, opset: int) -> None:
     _check(_model(tested, opset), tested.shapes, (4, 1) if dynamic and "nd" not in tested.label else (4,), tested.low, tested.high)
 
 
+@pytest.mark.parametrize("reduction", ["none", "add"])
+def test_what_is_scattered_and_what_it_overwrites(reduction: str) -> None:
+    """torch writes assignments to slices so, and caches of fixed length."""
+    shapes: dict[str, tuple[Any, ...]] = {"x": (4, "n"), "z": (2, "n")}
+    nodes = [helper.make_node("ScatterND", ["x", "places", "z"], ["y"], reduction=reduction)]
+    _check(_wrap(nodes, shapes, {"places": np.array([[2], [0]])}, ["y"], 18), shapes, (3,), -1, 1)
+
+
 TESTED_WITH_CONVOLUTIONS = set(
     "Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool "
     "BatchNormalization InstanceNormalization Resize Upsample SpaceToDepth DepthToSpace".split()
@@ -316,7 +324,7 @@ TESTED_WITH_CONVOLUTIONS = set(
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {op for _, op in RULES} - {tested.op for tested in CASES} - TESTED_WITH_CONVOLUTIONS == {"CastLike"}
+    assert {op for _, op in RULES} - {tested.op for tested in CASES} - TESTED_WITH_CONVOLUTIONS == {"CastLike", "ScatterND"}
 
 
 @pytest.mark.parametrize("form", ["half-last", "half-on-input", "half-on-erf", "mul-scale"])
