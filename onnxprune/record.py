@@ -116,6 +116,9 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
     }
     if chosen.finishing and not chosen.may_time(given):
         skip(record, "finishing", f"{TOO_LARGE}; name the rewrites in --passes to have them all the same")
+    if decision.study.sites and given.paged and chosen.recipe.importance == "kfac":
+        reason = "it holds gradients of all layers at once; above 1.5 GiB units are scored by fisher, in the same unit"
+        skip(record, "elimination under curvature", reason)
     return record
 
 

@@ -132,3 +132,11 @@ def test_a_plan_replays_in_pieces(both: tuple[onnxprune.PruneResult, onnxprune.P
     again = onnxprune.apply(parts.output.with_name("given.onnx"), parts.plan)
     assert again.weights.keys() == parts.model.weights.keys()
     assert all(np.array_equal(again.weights[name], array) for name, array in parts.model.weights.items())
+
+
+def test_scores_that_a_large_model_goes_without_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LARGE_BYTES", 0)
+    brief: dict[str, Any] = {"calib": arrays(BERT, 32), "target_macs": "60%", "rounds": 1, "finishing": False, "dry_run": True}
+    (skipped,) = onnxprune.prune(zoo.path(BERT), **brief).record["skipped"]
+    assert skipped["step"] == "elimination under curvature"
+    assert "scored by fisher" in skipped["reason"]
