@@ -155,6 +155,8 @@ def _load(folder: ModelFolder, task: Task) -> Any:
             f"{folder.path} has no weights for {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}: it was saved as "
             f"{folder.architecture or 'another class'} and does not fit --task {task.name}"
         )
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the only form of experts that both exporters can write
     model.config.return_dict = True
     for name in ("use_cache", "output_hidden_states"):
         for config in (model.config, model.config.get_text_config()):
@@ -177,6 +179,8 @@ def _input_names(model: Any, task: Task) -> tuple[str, ...]:
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
+    """[channels, height, width], of the vision half where the configuration holds two (SigLIP)."""
+    config = getattr(config, "vision_config", None) or config
     size = getattr(config, "image_size", None) or _IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return int(getattr(config, "num_channels", 3)), height, width

@@ -17,6 +17,8 @@ from onnxprune.graph.view import GraphView, Node, captured, inner_views
 ATTENTION_OPS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 WEIGHTED = frozenset({"MatMul", "Gemm", "Einsum"})
 _NORMS = ("Norm", "Reduce")
+_NORM_PARTS = frozenset({"Pow", "Sqrt", "Abs", "Max", "Clip"})
+"""What norms spelled out are made of, besides :data:`_NORMS`: no nonlinearity of a feed-forward block."""
 
 
 def is_attention(view: GraphView, node: Node) -> bool:
@@ -77,7 +79,7 @@ def looks_like_ffn(view: GraphView, tensor: str, normalised: bool = False) -> bo
             return False
         else:
             norms += any(word in node.op for word in _NORMS)
-            nonlinear |= node.op in NONLINEAR
+            nonlinear |= node.op in NONLINEAR and not (normalised and node.op in _NORM_PARTS)
             data = sorted(captured(node.proto)) if node.op == "If" else node.inputs  # its input is the condition
             pending.extend(name for name in data if name and not view.is_constant(name))
     return nonlinear and products > 0 and (norms > 0) == normalised

@@ -19,7 +19,7 @@ TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "nu
 
 
 def save(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Path:
-    """A model of ``kind``: classifier, tokens, answers, encoder, embedding, vit, gpt2 or llama."""
+    """A model of ``kind``: classifier, tokens, answers, encoder, embedding, vit, siglip, experts, gpt2 or llama."""
     import torch
     import transformers as hf
 
@@ -39,6 +39,12 @@ def save(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Path:
         case "vit":
             sizes = {key: value for key, value in TEXT.items() if key != "vocab_size"}
             model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, **names, image_size=IMAGE, patch_size=4, **changes))
+        case "siglip":
+            vision = {key: value for key, value in TEXT.items() if key != "vocab_size"} | {"image_size": IMAGE, "patch_size": 4}
+            model = hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=vision, **names))
+        case "experts":
+            sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+            model = hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**TEXT, **sizes, num_key_value_heads=2, max_position_embeddings=40))
         case "gpt2":
             sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "bos_token_id": 0, "eos_token_id": 0}
             model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, **sizes, **changes))
@@ -52,10 +58,10 @@ def save(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Path:
             elif not name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    if kind == "vit":
+    if kind in ("vit", "siglip"):
         save_image_processor(folder)
     else:
-        save_tokenizer(folder, with_marks=kind not in ("gpt2", "llama"))
+        save_tokenizer(folder, with_marks=kind not in ("gpt2", "llama", "experts"))
     if kind == "embedding":
         save_pooling(folder, "mean")
     return folder

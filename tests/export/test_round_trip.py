@@ -114,6 +114,18 @@ def test_tasks_of_every_token(model: Folder, kind: str, task: str, outputs: tupl
     assert all(output.shape[:2] == ["batch", "tokens"] for output in session.get_outputs())
 
 
+def test_the_size_of_images_is_that_of_the_vision_half(model: Folder) -> None:
+    result = onnxprune.export_model(model("siglip"), exporter="torchscript")
+    assert result.parity.holds
+    assert result.task == "image-classification"
+
+
+def test_experts_are_written_in_the_form_that_exporters_know(model: Folder) -> None:
+    result = onnxprune.export_model(model("experts"), exporter="torchscript")
+    assert result.parity.holds
+    assert result.task == "causal-lm"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classifier", "vit", "gpt2", "llama", "llama-cache"])
 def test_dynamo_and_a_later_opset(model: Folder, tmp_path: Path, kind: str) -> None:
