@@ -166,6 +166,27 @@ def gather_nd(tape: Tape, node: Node, dy: str) -> Adjoints:
     return {0: tape.op("ScatterND", tape.zeros(tape.shape_of(x), like=x), indices, dy, reduction="add")}
 
 
+@rule("TopK")
+def top_k(tape: Tape, node: Node, dy: str) -> Adjoints:
+    """The largest values go back to where they were found (routers of experts); the rest of the axis gets nothing."""
+    nothing = tape.zeros(tape.shape_of(node.inputs[0]), like=node.inputs[0])
+    return {0: tape.op("ScatterElements", nothing, node.outputs[1], dy, axis=int(node.attrs.get("axis", -1)))}
+
+
+@rule("ScatterElements")
+def scatter_elements(tape: Tape, node: Node, dy: str) -> Adjoints:
+    """As :func:`scatter_nd`, along one axis."""
+    if node.attrs.get("reduction", b"none") != b"none":
+        raise MissingGradient(node, "only writing is covered, no reduction")
+    indices, updates = node.inputs[1:]
+    axis = int(node.attrs.get("axis", 0))
+    adjoints = {2: tape.op("GatherElements", dy, indices, axis=axis)} if tape.wants(node, 2) else {}
+    if tape.wants(node, 0):
+        nothing = tape.zeros(tape.shape_of(updates), like=updates)
+        adjoints[0] = tape.op("ScatterElements", dy, indices, nothing, axis=axis)
+    return adjoints
+
+
 @rule("ScatterND")
 def scatter_nd(tape: Tape, node: Node, dy: str) -> Adjoints:
     """What is written gets the adjoint of its places; what is overwritten gets none. Places are taken to be written once."""

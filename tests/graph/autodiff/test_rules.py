@@ -317,6 +317,18 @@ def test_what_is_scattered_and_what_it_overwrites(reduction: str) -> None:
     _check(_wrap(nodes, shapes, {"places": np.array([[2], [0]])}, ["y"], 18), shapes, (3,), -1, 1)
 
 
+def test_what_is_scattered_along_an_axis() -> None:
+    shapes: dict[str, tuple[Any, ...]] = {"x": (4, "n"), "z": (2, "n")}
+    nodes = [helper.make_node("Expand", ["column", "width"], ["places"]), helper.make_node("ScatterElements", ["x", "places", "z"], ["y"])]
+    nodes = [helper.make_node("Shape", ["x"], ["width"], start=1), *nodes]
+    _check(_wrap(nodes, shapes, {"column": np.array([[2], [0]])}, ["y"], 18), shapes, (3,), -1, 1)
+
+
+def test_the_largest_values_go_back_to_their_places() -> None:
+    nodes = [helper.make_node("TopK", ["x", "two"], ["y", "places"], axis=1)]
+    _check(_wrap(nodes, {"x": ("n", 5)}, {"two": ints(2)}, ["y"], 18), {"x": ("n", 5)}, (3,), -1, 1)
+
+
 TESTED_WITH_CONVOLUTIONS = set(
     "Conv ConvTranspose MaxPool AveragePool GlobalMaxPool GlobalAveragePool "
     "BatchNormalization InstanceNormalization Resize Upsample SpaceToDepth DepthToSpace".split()
@@ -324,7 +336,12 @@ TESTED_WITH_CONVOLUTIONS = set(
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {op for _, op in RULES} - {tested.op for tested in CASES} - TESTED_WITH_CONVOLUTIONS == {"CastLike", "ScatterND"}
+    assert {op for _, op in RULES} - {tested.op for tested in CASES} - TESTED_WITH_CONVOLUTIONS == {
+        "CastLike",
+        "ScatterElements",
+        "ScatterND",
+        "TopK",
+    }
 
 
 @pytest.mark.parametrize("form", ["half-last", "half-on-input", "half-on-erf", "mul-scale"])
