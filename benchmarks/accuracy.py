@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy --models FOLDER                  # all tasks, shares and seeds
     python -m benchmarks.accuracy --task vision --passes heads,ffn,polish --seeds 1
-    python -m benchmarks.accuracy --draw                           # only the picture, from the results so far (needs matplotlib)
+    python -m benchmarks.accuracy --draw                           # the picture and the tables of the results so far (needs matplotlib)
 
 Shares are of the *finished* original, which is faster than the file as given: what pruning itself gains, in one paired, interleaved run. Of
 2,048 calibration rows 768 decide and 256 choose between candidates; accuracy is that of all test rows. Results are kept run by run in
@@ -31,6 +31,8 @@ PICTURE = RESULTS.parents[1] / "docs" / "images" / "accuracy.png"
 SHARES = (0.5, 0.33, 0.25, 0.15)
 PIPELINES = ("heads,ffn", "heads,ffn,polish", "heads,ffn,polish,int8")
 ROWS = 768
+MEASURES = {False: (("accuracy", "accuracy"), ("kl", "KL")), True: (("cosine", "cosine"), ("rank_correlation", "rank correlation"))}
+"""What is told of classifiers, and of vectors."""
 
 
 def finished_share(chosen: Task, seconds: float) -> float:
@@ -108,36 +110,80 @@ def measure(chosen: Task, pipelines: list[str], shares: list[float], seeds: int,
                     file.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def known() -> dict[str, dict[str, Any]]:
+    """All results so far, by task; runs whose target could not be met are left out."""
+    files = {name: RESULTS / f"accuracy_{name}.json" for name in (*NAMES, EMBEDDING)}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    return {name: {**content, "runs": [row for row in content["runs"] if "measured" in row]} for name, content in found.items()}
+
+
 def draw() -> None:
-    """Accuracy (cosine, for vectors) over measured latency, by task; one line a pipeline, all seeds as points."""
+    """Accuracy and divergence (for vectors cosine and rank correlation) over measured latency; lines are means over seeds."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    files = {name: RESULTS / f"accuracy_{name}.json" for name in (*NAMES, EMBEDDING)}
-    known = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
-    figure, axes = pyplot.subplots(1, len(known), figsize=(4.2 * len(known), 3.4), squeeze=False)
-    for axis, (name, found) in zip(axes[0], known.items(), strict=True):
-        measure_, scale = ("cosine", 1.0) if name == EMBEDDING else ("accuracy", 100.0)
-        for passes in dict.fromkeys(row["passes"] for row in found["runs"]):
-            rows = [row for row in found["runs"] if row["passes"] == passes and "measured" in row]
-            (points,) = axis.plot([100 * row["measured"] for row in rows], [scale * row[measure_] for row in rows], "o", alpha=0.5, ms=4)
-            means = [
-                np.mean([(100 * row["measured"], scale * row[measure_]) for row in rows if row["share"] == share], axis=0)
-                for share in sorted({row["share"] for row in rows})
-            ]
-            axis.plot(*np.transpose(means), "-", color=points.get_color(), label=passes.replace(",", " + "))
-        if name != EMBEDDING:
-            axis.axhline(scale * found["runs"][0]["dense"], color="grey", lw=0.8, ls="--", label="dense")
-        axis.set(
-            title=name, xlabel="% of the finished original's latency", ylabel="cosine to dense" if name == EMBEDDING else "accuracy, %"
-        )
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
+    found = known()
+    figure, axes = pyplot.subplots(2, len(found), figsize=(4.2 * len(found), 6.2), squeeze=False)
+    for column, (name, content) in enumerate(found.items()):
+        for axis, (measure_, label) in zip(axes[:, column], MEASURES[name == EMBEDDING], strict=True):
+            for passes, rows in by_pipeline(content["runs"]).items():
+                (points,) = axis.plot([100 * row["measured"] for row in rows], [row[measure_] for row in rows], "o", alpha=0.5, ms=4)
+                axis.plot(
+                    *np.transpose([mean(group, measure_) for group in by_share(rows).values()]), "-", color=points.get_color(), label=passes
+                )
+            if measure_ == "accuracy":
+                axis.axhline(content["runs"][0]["dense"], color="grey", lw=0.8, ls="--", label="dense")
+                axis.legend(fontsize=7)
+            if measure_ == "kl":
+                axis.set_yscale("log")
+            axis.set(title=name, xlabel="% of the finished original's latency", ylabel=label)
+            axis.grid(alpha=0.3)
     figure.tight_layout()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+    figure.savefig(PICTURE, dpi=100, metadata={"Software": None})
+
+
+def by_pipeline(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {passes: [row for row in runs if row["passes"] == passes] for passes in dict.fromkeys(row["passes"] for row in runs)}
+
+
+def by_share(runs: list[dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    return {share: [row for row in runs if row["share"] == share] for share in sorted({row["share"] for row in runs}, reverse=True)}
+
+
+def mean(rows: list[dict[str, Any]], measure_: str) -> tuple[float, float]:
+    """Percent of the latency, and the measure, over seeds."""
+    return 100 * float(np.mean([row["measured"] for row in rows])), float(np.mean([row[measure_] for row in rows]))
+
+
+def table() -> str:
+    """One line a pipeline and share: measured latency and quality, means over seeds with their range."""
+    lines = []
+    for name, content in known().items():
+        (first, first_label), (second, second_label) = MEASURES[name == EMBEDDING]
+        dense = f", dense {100 * content['runs'][0]['dense']:.2f} %" if name != EMBEDDING else ""
+        lines += [
+            f"### {name}{dense}",
+            "",
+            f"| passes | asked | measured | {first_label} | {second_label} | seeds |",
+            "|---|---|---|---|---|---|",
+        ]
+        for passes, runs in by_pipeline(content["runs"]).items():
+            for share, rows in by_share(runs).items():
+                shown = [told(rows, measure_) for measure_ in (first, second)]
+                lines.append(f"| {passes} | {100 * share:.0f} % | {mean(rows, first)[0]:.1f} % | {shown[0]} | {shown[1]} | {len(rows)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def told(rows: list[dict[str, Any]], measure_: str) -> str:
+    values = [row[measure_] for row in rows]
+    middle, low, high = float(np.mean(values)), min(values), max(values)
+    if measure_ == "accuracy":
+        return f"{100 * middle:.2f} %" + (f" ({100 * low:.1f} to {100 * high:.1f})" if len(rows) > 1 else "")
+    return f"{middle:.2g}" if measure_ == "kl" else f"{middle:.3f}"
 
 
 def main() -> None:
@@ -148,13 +194,14 @@ def main() -> None:
     parser.add_argument("--share", type=float, action="append", help="only this share of the finished original's time (repeatable)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="most time of one benchmark")
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the picture")
+    parser.add_argument("--draw", action="store_true", help="measure nothing; draw the picture and print the tables")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     for name in () if args.draw else args.task or (*NAMES, EMBEDDING):
         measure(task(name, args.models), args.passes or list(PIPELINES), args.share or list(SHARES), args.seeds, args.seconds)
     if args.draw:
         draw()
+        print(table())
 
 
 if __name__ == "__main__":
