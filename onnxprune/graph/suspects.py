@@ -100,7 +100,9 @@ def uncovered_attention(view: GraphView, tracer: Tracer, covered: Collection[int
         blocked = next((r for axis in range(1, len(shape)) for r in tracer.trace(context, axis) if isinstance(r, Blocked)), None)
         where = blocked and (blocked.node or "the graph boundary")
         reason = f"{blocked.reason} (at {where})" if blocked else "no projection with a constant weight reads its heads"
-        result.append(Refusal("OP101", maker.name, reason))
+        together = blocked is not None and (blocked.normalises or "reduces over" in blocked.reason)
+        hint = "its heads are normalised together, or tied to the width of the stream; leave them" if together else ""
+        result.append(Refusal("OP101", maker.name, reason, hint))
     return result
 
 

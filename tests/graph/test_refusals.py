@@ -125,6 +125,16 @@ def test_layers_without_a_residual_sum_are_explained() -> None:
     assert all("residual" in refusal.reason for refusal in anatomy.refusals)
 
 
+def test_heads_that_are_normalised_together_are_not_told_to_be_exported_anew() -> None:
+    """OLMo 2 normalises its queries over all heads."""
+    net = Net()
+    q = net.heads(net("LayerNormalization", net.linear("x"), net.weight(WIDTH)))
+    refusal = only(anatomy_of(net.done(net.add("x", net.linear(net.attend(q, net.heads(net.linear("x")), net.heads(net.linear("x"))))))))
+    assert refusal.code == "OP101"
+    assert "LayerNormalization normalises over this axis" in refusal.reason
+    assert "leave them" in refusal.hint
+
+
 def test_a_second_reader_outside_the_residual_stream_is_named() -> None:
     net = Net()
     hidden = net("Relu", net.linear("x", WIDTH, FFN))
