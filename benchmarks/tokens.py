@@ -24,8 +24,8 @@ from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import Model, load
-from onnxprune.graph.token_cut import CannotCut, TokenCut, TokenPlan, cut_tokens, study_tokens
-from onnxprune.graph.token_policy import POLICIES
+from onnxprune.graph.token_cut import cut_tokens, study_tokens
+from onnxprune.graph.token_plan import POLICIES, CannotCut, TokenCut, TokenPlan
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.int8 import timed

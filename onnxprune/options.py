@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnxprune.calibration.objective import LossSource, Purpose
 from onnxprune.errors import InputError
-from onnxprune.graph.token_policy import POLICIES
+from onnxprune.graph.token_plan import POLICIES
 from onnxprune.graph.vocabulary import VocabMap
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.passes.int8 import Int8Choice

@@ -7,13 +7,10 @@ tokens weigh as many: the logarithm of their size is added to their scores, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from onnxprune.errors import InputError, Refusal
+from onnxprune.errors import Refusal
 from onnxprune.graph.axis_rules import MEASURES
 from onnxprune.graph.clean import without_dead
 from onnxprune.graph.emitter import Emitter
@@ -21,7 +18,8 @@ from onnxprune.graph.lowering import COVERED, lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
 from onnxprune.graph.token_axis import Along, TokenAxis, token_axis, values_behind
-from onnxprune.graph.token_policy import GONE, Choice, Policy, Stretch
+from onnxprune.graph.token_plan import MERGING, CannotCut, TokenCut, TokenPlan
+from onnxprune.graph.token_policy import GONE, Choice, Stretch
 from onnxprune.graph.token_score import Attention
 from onnxprune.graph.uniform import uniform_value
 from onnxprune.graph.view import GraphView, Node
@@ -31,47 +29,6 @@ _HIDDEN = -1e3
 """An additive mask below this hides a token."""
 
 _END = 2**62
-
-
-class CannotCut(InputError):
-    """Something in the graph cannot follow when tokens leave, or the plan was made for another file."""
-
-
-@dataclass(frozen=True)
-class TokenCut:
-    """At the tensor ``place``, behind the attention of the Softmax node ``softmax``, ``share`` of all tokens of a sample stay.
-
-    ``block`` counts the places, from 0.
-    """
-
-    place: str
-    softmax: str
-    share: float
-    block: int
-
-
-@dataclass(frozen=True)
-class TokenPlan:
-    """What becomes of tokens that leave, and where they do.
-
-    ``drop``: nothing. ``package``: their mean is one more token, which later cuts add to (SPViT; EViT). ``merge``: the most similar pairs
-    become one (ToMe).
-    """
-
-    policy: Policy
-    cuts: tuple[TokenCut, ...]
-
-    def describe(self) -> str:
-        """``70% stay behind attention 2, 49% behind 3``."""
-        first, *rest = (f"{100 * cut.share:.0f}%{{}} behind {{}}{cut.block}" for cut in self.cuts)
-        return ", ".join([first.format(" stay", "attention "), *(other.format("", "") for other in rest)])
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"policy": self.policy, "cuts": [vars(cut) for cut in self.cuts]}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> TokenPlan:
-        return cls(content["policy"], tuple(TokenCut(**cut) for cut in content["cuts"]))
 
 
 def spelled_out(model: Model) -> Model:
@@ -129,11 +86,12 @@ class _Cutter:
         self.biases: dict[tuple[int, int], str] = {}
         self.bias_slots = dict(self._bias_slot(self.view.nodes[index]) for index in sorted(axis.attentions))
         self.masks = self._masks()
-        if plan.policy == "merge" and (self.masks or any(uniform_value(self.view, name) is None for name in axis.sides)):
+        if plan.policy in MERGING and (self.masks or any(uniform_value(self.view, name) is None for name in axis.sides)):
             raise CannotCut("tokens cannot merge where masks or positions meet them")
         self.batch_size, first = (profile.shape(order[0]) or (0,))[0], order[0]
         batch, count = self.e.size_of(first, 0), self.e.size_of(first, 1)
         self.stretches = [Stretch(count)]
+        self.left = 1.0
         self.attention = Attention(self.e, self.view, profile, axis, self._version_for, self.biases)
         self._sizes = batch, count
         self._choice: Choice | None = None
@@ -160,14 +118,18 @@ class _Cutter:
 
     def _cut(self, cut: TokenCut) -> None:
         before = self.stretches[-1]
-        if self.plan.policy == "merge":
-            features, after = self.choice.merge(cut.place, cut.share, before)
-        else:
+        policy = self.plan.policy
+        features, after = cut.place, before
+        if policy != "merge":
             if cut.softmax not in self.maps:
                 raise CannotCut(f"the attention {cut.softmax!r} is not in this model; the plan was made for another file")
             weights = before.sizes or self.choice.real
             scores = self.attention.received(self.maps[cut.softmax], self._sizes[0], before.count, weights)
-            features, after = self.choice.select(cut.place, scores, cut.share, before, package=self.plan.policy == "package")
+            share = (self.left + cut.share) / 2 if policy == "drop-merge" else cut.share
+            features, after = self.choice.select(features, scores, share, before, package=policy == "package")
+        if policy in MERGING:
+            features, after = self.choice.merge(features, cut.share, after)
+        self.left = cut.share
         self.stretches.append(after)
         self.versions[cut.place, len(self.stretches) - 1] = features
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from onnx import TensorProto
 
 from onnxprune.graph.emitter import Emitter
-
-Policy = Literal["drop", "package", "merge"]
-POLICIES: tuple[Policy, ...] = ("drop", "package", "merge")
 
 GONE = 1e-30
 """Size of a token that is not there: its logarithm is added to attention scores."""
@@ -76,6 +72,9 @@ class Choice:
         kept = self.take(features, index)
         count = e.op("Add", keep, e.int64([lead + package]))
         if not package:
+            if before.sizes is not None:
+                left = self.take(before.sizes, index)
+                return kept, Stretch(count, index, left, self._weights(left))
             each = e.op("Expand", e.op("Div", self._float(self.whole), self._float(keep)), keep)
             ones = [e.array(np.ones(lead, np.float32))] if lead else []
             return kept, Stretch(count, index, None, e.unsqueeze(e.op("Concat", *ones, each, axis=0), 0))
@@ -151,7 +150,15 @@ class Choice:
         mass = e.slice(result, 2, e.int64([-1]), end)
         sizes = e.squeeze(mass, 2)
         merged = e.op("Div", e.slice(result, 2, zero, e.int64([-1])), mass)
-        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, sizes)
+        weights = sizes if before.weights == before.sizes else self._weights(sizes)
+        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, weights)
+
+    def _weights(self, sizes: str) -> str:
+        """Of sizes [B, N], where some tokens left for good: those behind the leading ones count for them as well."""
+        e = self.e
+        rest = e.slice(sizes, 1, e.int64([self.leading]), e.int64([_END])) if self.leading else sizes
+        each = e.op("Div", self._float(self.whole), e.reduce("ReduceSum", rest, [1], keepdims=True))
+        return self._with_leading(sizes, e.op("Mul", rest, each))
 
     # Small expressions.
 

@@ -10,7 +10,8 @@ from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept, slice_model
-from onnxprune.graph.token_cut import TokenPlan, cut_tokens, present_in
+from onnxprune.graph.token_cut import cut_tokens, present_in
+from onnxprune.graph.token_plan import TokenPlan
 from onnxprune.passes.apply import finish, install
 from onnxprune.passes.base import ordered
 from onnxprune.passes.finishing import Part, choose_parts

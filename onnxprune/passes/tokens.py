@@ -12,8 +12,8 @@ import numpy as np
 from onnxprune.errors import Refusal
 from onnxprune.graph.model import Model
 from onnxprune.graph.token_axis import Place
-from onnxprune.graph.token_cut import CannotCut, TokenCut, TokenPlan, cut_tokens, study_tokens
-from onnxprune.graph.token_policy import POLICIES, Policy
+from onnxprune.graph.token_cut import cut_tokens, study_tokens
+from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import TokenPass
 from onnxprune.passes.int8 import timed
@@ -33,10 +33,13 @@ TOKENS = TokenPass(
     ),
 )
 
-TokenPolicy = Literal["auto", "drop", "package", "merge"]
+TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge"]
 
 _FASTER = 0.98
 """A schedule must take no more than this share of the time with all tokens."""
+
+_LEAST: dict[Policy, float] = {"merge": 1 / 2, "drop-merge": 1 / 3}
+"""Share of the tokens in front of a place that merging leaves at least."""
 
 _EQUAL = 1e-4
 _TRIAL = 0.7
@@ -143,11 +146,11 @@ def _stages(places: int, ratio_: float) -> tuple[float, ...]:
 
 
 def _plan(policy: Policy, places: Sequence[Place], shares: Sequence[float]) -> TokenPlan:
-    """Cuts only where the share falls; merging takes no more than half at one place."""
+    """Cuts only where the share falls; merging takes no more than half of the tokens that it finds at one place."""
     cuts = []
     before = 1.0
     for block, (place, wanted) in enumerate(zip(places, shares, strict=True)):
-        share = max(wanted, before / 2) if policy == "merge" else wanted
+        share = max(wanted, before * _LEAST.get(policy, 0.0))
         if share < before or all(other == 1.0 for other in shares):
             cuts.append(TokenCut(place.tensor, place.softmax.name, round(share, 4), block))
         before = share

@@ -16,7 +16,7 @@ from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.caches import CacheCut
 from onnxprune.graph.model import atomic_file
-from onnxprune.graph.token_cut import TokenPlan
+from onnxprune.graph.token_plan import TokenPlan
 from onnxprune.graph.vocabulary import VocabMap, Vocabulary
 from onnxprune.quantize.form import Int8Form
 

@@ -13,8 +13,8 @@ from onnxprune.graph.emitter import Emitter
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import Profile, synthetic_feeds, take_profile
 from onnxprune.graph.token_axis import TokenAxis, token_axis, values_behind
-from onnxprune.graph.token_cut import CannotCut, TokenCut, TokenPlan, cut_tokens, spelled_out, study_tokens
-from onnxprune.graph.token_policy import POLICIES, Policy
+from onnxprune.graph.token_cut import cut_tokens, spelled_out, study_tokens
+from onnxprune.graph.token_plan import MERGING, POLICIES, CannotCut, Policy, TokenCut, TokenPlan
 from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import open_session, run
 from tests.architectures import exports
@@ -100,7 +100,7 @@ def _named(hidden: list[np.ndarray]) -> dict[str, np.ndarray]:
 def test_nothing_changes_while_all_tokens_stay(name: str, variant: str, policy: Policy) -> None:
     model, _, axis = prepared(name, variant)
     feeds = synthetic_feeds(model)
-    if policy != "drop" and ((name, variant) in PLACED or (policy == "merge" and (name, variant) in TEXTS)):
+    if policy != "drop" and ((name, variant) in PLACED or (policy in MERGING and (name, variant) in TEXTS)):
         with pytest.raises(CannotCut, match="positions"):
             cut_tokens(model, plan_of(axis, 1.0, policy))
         return
@@ -201,18 +201,22 @@ pooled (float[b, n, 6] x, float[6, 6] q, float[6, 6] k, float[6, 6] v, float[6, 
 """
 
 
+def random_weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal((6, 3 if name == "w" else 6)).astype(np.float32) / 2 for name in "qkvw"}
+
+
 def two_blocks() -> Model:
     proto = onnx.parser.parse_model(TWO_BLOCKS)
-    rng = np.random.default_rng(0)
-    weights = [value for value in proto.graph.input if value.name != "x"]
-    for value in weights:
-        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 2, value.name))
-        proto.graph.input.remove(value)
+    for name, array in random_weights().items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    given = [value for value in proto.graph.input if value.name == "x"]
+    del proto.graph.input[:]
+    proto.graph.input.extend(given)
     return canonicalise(load(proto))[0]
 
 
-@pytest.mark.parametrize(("policy", "repeats"), [("merge", 2), ("package", 8)])
+@pytest.mark.parametrize(("policy", "repeats"), [("merge", 2), ("package", 8), ("drop-merge", 8)])
 def test_tokens_that_are_the_same_lose_nothing_by_becoming_one(policy: Policy, repeats: int) -> None:
     """In attention by the logarithm of their size, in the mean by their weight."""
     model = two_blocks()
@@ -234,3 +238,36 @@ def test_a_mean_counts_dropped_tokens_as_if_they_were_like_those_that_stay() -> 
     x = np.repeat(np.random.default_rng(1).standard_normal((2, 1, 6)).astype(np.float32), 8, axis=1)
     (want,), (got,) = (run(open_session(item), {"x": x}) for item in (model, cut_tokens(model, plan_of(axis, 0.5))))
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_least_attended_leave_before_the_most_similar_merge() -> None:
+    """Of eight tokens two leave, two merge; written down once more in numpy."""
+    x = np.random.default_rng(3).standard_normal((8, 6)).astype(np.float32)
+    q, k, v, w = random_weights().values()
+
+    def block(h: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.exp((h @ q) @ (h @ k).T) * sizes
+        attention = scores / scores.sum(1, keepdims=True)
+        return h + attention @ (h @ v), attention
+
+    h, attention = block(x, np.ones(8))
+    h = h[np.argsort(-attention.mean(0), kind="stable")[:6]]
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    likeness = unit[::2] @ unit[1::2].T
+    sizes = np.ones(3)
+    joined, stay = h[1::2].copy(), []
+    for rank, token in enumerate(np.argsort(-likeness.max(1))):
+        to = likeness[token].argmax()
+        if rank < 2:
+            joined[to], sizes[to] = joined[to] + h[2 * token], sizes[to] + 1
+        else:
+            stay.append(h[2 * token])
+    h, sizes = np.concatenate([stay, joined / sizes[:, None]]), np.concatenate([np.ones(1), sizes])
+    h, _ = block(h, sizes)
+    want = (sizes @ h / sizes.sum()) @ w
+
+    model = two_blocks()
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    first = TokenPlan("drop-merge", plan_of(axis, 0.5).cuts[:1])
+    np.testing.assert_allclose(run(open_session(cut_tokens(model, first)), {"x": x[None]})[0][0], want, rtol=1e-3, atol=1e-5)

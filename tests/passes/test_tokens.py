@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import onnxprune
 from onnxprune.errors import InputError, NothingPrunable
 from onnxprune.graph.model import load
-from onnxprune.graph.token_cut import TokenPlan
+from onnxprune.graph.token_plan import TokenPlan
 from onnxprune.passes import tokens
 from onnxprune.passes.tokens import Schedule, best_schedule, pareto, profiles
 from tests.architectures import exports

@@ -1,0 +1,53 @@
+"""Which tokens leave where, as a plan that can be stored and carried out again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onnxprune.errors import InputError
+
+Policy = Literal["drop", "package", "merge", "drop-merge"]
+POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge")
+MERGING: frozenset[Policy] = frozenset({"merge", "drop-merge"})
+
+
+class CannotCut(InputError):
+    """Something in the graph cannot follow when tokens leave, or the plan was made for another file."""
+
+
+@dataclass(frozen=True)
+class TokenCut:
+    """At the tensor ``place``, behind the attention of the Softmax node ``softmax``, ``share`` of all tokens of a sample stay.
+
+    ``block`` counts the places, from 0.
+    """
+
+    place: str
+    softmax: str
+    share: float
+    block: int
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """What becomes of tokens that leave, and where they do.
+
+    ``drop``: nothing. ``package``: their mean is one more token, which later cuts add to (SPViT; EViT). ``merge``: the most similar pairs
+    become one (ToMe). ``drop-merge``: one half leaves, the least attended; then similar pairs become one (after DiffRate).
+    """
+
+    policy: Policy
+    cuts: tuple[TokenCut, ...]
+
+    def describe(self) -> str:
+        """``70% stay behind attention 2, 49% behind 3``."""
+        first, *rest = (f"{100 * cut.share:.0f}%{{}} behind {{}}{cut.block}" for cut in self.cuts)
+        return ", ".join([first.format(" stay", "attention "), *(other.format("", "") for other in rest)])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"policy": self.policy, "cuts": [vars(cut) for cut in self.cuts]}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TokenPlan:
+        return cls(content["policy"], tuple(TokenCut(**cut) for cut in content["cuts"]))
