@@ -175,6 +175,8 @@ def average_pool(tape: Tape, node: Node, dy: str) -> Adjoints:
     x = node.inputs[0]
     window = _window(tape, node, node.attrs["kernel_shape"])
     padded = any(window.before) or any(window.after)
+    if _covers_all(tape, x, window) and not padded:
+        return global_average_pool(tape, node, dy)
     if int(node.attrs.get("ceil_mode", 0)) and not _fits(tape, x, window):
         raise MissingGradient(node, "windows that reach over the edge (ceil_mode) are not covered")
     area = prod(window.kernel)
@@ -190,6 +192,12 @@ def average_pool(tape: Tape, node: Node, dy: str) -> Adjoints:
         full = tape.constant_of(1.0, tape.shape_of(x), x)
         share = tape.op("Div", share, tape.op("AveragePool", full, count_include_pad=1, **attributes))
     return {0: _spread(tape, x, share, ones, window, width)}
+
+
+def _covers_all(tape: Tape, x: str, window: _Window) -> bool:
+    """Whether one window holds the whole image, however far it reaches over its edge (EfficientNet)."""
+    sizes = [tape.known(tape.size_of(x, 2 + axis)) for axis in range(len(window.extent))]
+    return all(size is not None and size <= extent for size, extent in zip(sizes, window.extent, strict=True))
 
 
 def _fits(tape: Tape, x: str, window: _Window) -> bool:

@@ -131,6 +131,13 @@ def test_average_pool_with_ceil_mode_that_changes_nothing() -> None:
     compare(model, lambda x: F.avg_pool2d(x, 2), (8, 6))
 
 
+def test_average_pool_by_a_window_larger_than_the_image() -> None:
+    model = one("AveragePool", kernel_shape=[20, 20], strides=[20, 20], ceil_mode=1)
+    for axis, size in ((2, 8), (3, 6)):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    compare(model, lambda x: F.avg_pool2d(x, 20, ceil_mode=True), (8, 6))
+
+
 def test_global_pools() -> None:
     compare(one("GlobalAveragePool"), lambda x: x.mean((2, 3), keepdim=True))
     compare(one("GlobalMaxPool"), lambda x: x.amax((2, 3), keepdim=True))
