@@ -114,7 +114,8 @@ def verdict(record: Record) -> Verdict:
             "Run again on a quieter machine.",
         )
     if (gained := speed(record)) is not None and gained.high < 1:
-        return Verdict("warn", "Slower", f"The model runs at {times(gained.total)} of the speed of the file as given.")
+        advice = "" if target["unit"] == "ms" else " What was counted is no time: --target-latency measures it."
+        return Verdict("warn", "Slower", f"The model runs at {times(gained.total)} of the speed of the file as given.{advice}")
     limit = "; ".join(
         f"{gate['name']} {percent(gate['value'], 2)}, at most {percent(gate['limit'], 2)} allowed" for gate in record.get("gates", ())
     )

@@ -246,6 +246,14 @@ def test_verdicts(record: Record) -> None:
     )
 
 
+@pytest.mark.parametrize(("unit", "advised"), [("ms", False), ("macs", True)])
+def test_what_is_slower_at_a_counted_target_is_told_of_the_clock(record: Record, unit: str, advised: bool) -> None:
+    speeds(record, file_as_given=1.0, finished_original=1.1, pruned=2.0)
+    record["benchmark"]["variants"]["pruned"]["speedup"]["high"] = 0.99
+    record["target"]["unit"] = unit
+    assert ("--target-latency" in story.verdict(record).detail) == advised
+
+
 @pytest.mark.parametrize(
     ("given", "written", "words"),
     [
