@@ -49,7 +49,7 @@ def of_task(chosen: Task) -> dict[str, Any]:
     request = _longest(data)
     result: dict[str, Any] = {"dense": _accuracy(given, chosen)}
     for policy in POLICIES:
-        found = choose_schedules(model, rewrites, yardstick, request, OPTIONS, policy=policy)
+        found = choose_schedules(model, rewrites, yardstick, data, request, OPTIONS, policy=policy)
         if isinstance(found, Refusal):
             result[policy] = str(found)
             continue

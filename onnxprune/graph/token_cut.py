@@ -92,6 +92,7 @@ class _Cutter:
         batch, count = self.e.size_of(first, 0), self.e.size_of(first, 1)
         self.stretches = [Stretch(count)]
         self.left = 1.0
+        self.positions: np.ndarray | None = None
         self.attention = Attention(self.e, self.view, profile, axis, self._version_for, self.biases)
         self._sizes = batch, count
         self._choice: Choice | None = None
@@ -120,7 +121,9 @@ class _Cutter:
         before = self.stretches[-1]
         policy = self.plan.policy
         features, after = cut.place, before
-        if policy != "merge":
+        if policy == "static":
+            features, after = self.choice.keep(features, self._fixed(cut))
+        elif policy != "merge":
             if cut.softmax not in self.maps:
                 raise CannotCut(f"the attention {cut.softmax!r} is not in this model; the plan was made for another file")
             weights = before.sizes or self.choice.real
@@ -132,6 +135,16 @@ class _Cutter:
         self.left = cut.share
         self.stretches.append(after)
         self.versions[cut.place, len(self.stretches) - 1] = features
+
+    def _fixed(self, cut: TokenCut) -> np.ndarray:
+        """Where tokens that stay are among those that are there, int64 [K]."""
+        if self.axis.count is None or self._may_pad():
+            raise CannotCut("the same positions cannot stay in every sample: tokens are not as many in all, or some are padding")
+        there = np.arange(self.axis.count) if self.positions is None else self.positions
+        self.positions = np.array(cut.positions, np.int64)
+        if not set(range(self.axis.leading)) < set(cut.positions) <= set(there.tolist()) or (np.diff(self.positions) < 1).any():
+            raise CannotCut(f"the positions that stay at {cut.place!r} are not there in this model; the plan was made for another file")
+        return np.searchsorted(there, self.positions)
 
     # Nodes.
 
@@ -234,6 +247,12 @@ class _Cutter:
         same = uniform_value(self.view, name)
         if same is not None:
             return e.array(np.full((1,) * max(e.rank(name), 1), same))
+        if (fixed := self.stretches[stretch].fixed) is not None:
+            tensor = self._version(name, stretch - 1, reader)
+            for axis in axes:
+                start = self.axis.along[name, axis].start
+                tensor = e.op("Gather", tensor, e.array(fixed[fixed >= start] - start), axis=axis)
+            return tensor
         array = self.view.value(name)
         own = self.profile.shape(name) if array is None else array.shape
         assert own is not None
@@ -339,6 +358,13 @@ class _Cutter:
                     elif maker.op == "Add" or (maker.op == "Where" and slot == 0):
                         found[name] = maker.op == "Add" or bool(self.axis.axes(maker.inputs[1]))
         return {name: visible for name, visible in sorted(found.items()) if uniform_value(self.view, name) is None}
+
+    def _may_pad(self) -> bool:
+        """Whether a mask depends on the sample."""
+        given = self.e.model.input_names
+        behind = values_behind(self.view, given)
+        makers = {name: self.view.producer.get(name) for name in self.masks}
+        return any(name in given or (maker is not None and maker.index in behind) for name, maker in makers.items())
 
     def _real(self) -> str | None:
         """Tokens that are not padding, float [B, N]; None if no mask tells."""

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from onnxprune.errors import InputError
 
-Policy = Literal["drop", "package", "merge", "drop-merge"]
-POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge")
+Policy = Literal["drop", "package", "merge", "drop-merge", "static"]
+POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge", "static")
 MERGING: frozenset[Policy] = frozenset({"merge", "drop-merge"})
 
 
@@ -20,13 +20,21 @@ class CannotCut(InputError):
 class TokenCut:
     """At the tensor ``place``, behind the attention of the Softmax node ``softmax``, ``share`` of all tokens of a sample stay.
 
-    ``block`` counts the places, from 0.
+    ``block`` counts the places, from 0. ``positions``: where those that stay are among all tokens, rising; empty if samples decide it.
     """
 
     place: str
     softmax: str
     share: float
     block: int
+    positions: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value != ()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TokenCut:
+        return cls(**{**content, "positions": tuple(content.get("positions", ()))})
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class TokenPlan:
 
     ``drop``: nothing. ``package``: their mean is one more token, which later cuts add to (SPViT; EViT). ``merge``: the most similar pairs
     become one (ToMe). ``drop-merge``: one half leaves, the least attended; then similar pairs become one (after DiffRate).
+    ``static``: nothing, and it is the same positions in every sample (Patch Slimming).
     """
 
     policy: Policy
@@ -46,8 +55,8 @@ class TokenPlan:
         return ", ".join([first.format(" stay", "attention "), *(other.format("", "") for other in rest)])
 
     def as_dict(self) -> dict[str, Any]:
-        return {"policy": self.policy, "cuts": [vars(cut) for cut in self.cuts]}
+        return {"policy": self.policy, "cuts": [cut.as_dict() for cut in self.cuts]}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenPlan:
-        return cls(content["policy"], tuple(TokenCut(**cut) for cut in content["cuts"]))
+        return cls(content["policy"], tuple(TokenCut.from_dict(cut) for cut in content["cuts"]))

@@ -22,7 +22,8 @@ class Stretch:
 
     ``count`` is their number, int64 [1]. ``index`` int64 [B, count]: where they were in the stretch before, None if they are no selection
     of those. ``sizes`` float [B, count]: how many tokens each stands for, 0 for padding; None if all are one. ``weights``: the same for
-    means over tokens, where it always sums to the number of all. ``packaged``: the last one is a package.
+    means over tokens, where it always sums to the number of all. ``packaged``: the last one is a package. ``fixed``: int64 [count], the
+    same as ``index`` where all samples keep the same tokens.
     """
 
     count: str
@@ -30,6 +31,12 @@ class Stretch:
     sizes: str | None = None
     weights: str | None = None
     packaged: bool = False
+    fixed: np.ndarray | None = None
+
+
+def kept_of(share: float, tokens: int) -> int:
+    """How many of a number of tokens a share is; at least one."""
+    return max(int(np.ceil(share * tokens - _ROUNDING)), 1)
 
 
 class Choice:
@@ -46,6 +53,14 @@ class Choice:
         self.e, self.leading, self.known, self.batch, self.real = emitter, leading, known, batch, real
         self.first = count
         self.whole = emitter.op("Sub", count, emitter.int64([leading])) if leading else count
+
+    def keep(self, features: str, fixed: np.ndarray) -> tuple[str, Stretch]:
+        """Keep the same tokens of every sample, int64 [K], the leading ones among them."""
+        assert self.known is not None
+        each = np.full((1, len(fixed)), (self.known - self.leading) / max(len(fixed) - self.leading, 1), np.float32)
+        each[:, : self.leading] = 1
+        kept = self.e.op("Gather", features, self.e.array(fixed), axis=1)
+        return kept, Stretch(self.e.int64([len(fixed)]), weights=self.e.array(each), fixed=fixed)
 
     def select(self, features: str, scores: str, share: float, before: Stretch, package: bool) -> tuple[str, Stretch]:
         """Keep the ``share`` of all tokens that scores highest; returns their features [B, K, C], and what they are.
@@ -172,7 +187,7 @@ class Choice:
     def _kept(self, share: float) -> str:
         """How many tokens a share of all is, the leading ones not counted; at least one. int64 [1]."""
         if self.known is not None:
-            return self.e.int64([max(int(np.ceil(share * (self.known - self.leading) - _ROUNDING)), 1)])
+            return self.e.int64([kept_of(share, self.known - self.leading)])
         some = self._share_of(self._float(self.whole), share)
         return self.e.op("Cast", self.e.op("Max", some, self.number(1.0)), to=TensorProto.INT64)
 

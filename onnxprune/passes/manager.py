@@ -135,6 +135,7 @@ class _Search:
             self.study.anatomy.model,
             self.shipping.rewrites,
             Yardstick(self.study.given, self.judges.take(slice(0, _JUDGES)), self.objective, settings.runtime),
+            self.calibration,
             self.request,
             settings.runtime,
             policy=settings.token_policy,

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import Refusal
 from onnxprune.graph.model import Model
-from onnxprune.graph.token_axis import Place
+from onnxprune.graph.token_axis import TokenAxis
 from onnxprune.graph.token_cut import cut_tokens, study_tokens
 from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
+from onnxprune.graph.token_policy import kept_of
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import TokenPass
 from onnxprune.passes.int8 import timed
+from onnxprune.passes.token_ranks import nested, rank_positions
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
 from onnxprune.verification import Yardstick
@@ -33,7 +37,7 @@ TOKENS = TokenPass(
     ),
 )
 
-TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge"]
+TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge", "static"]
 
 _FASTER = 0.98
 """A schedule must take no more than this share of the time with all tokens."""
@@ -61,6 +65,7 @@ def choose_schedules(
     model: Model,
     rewrites: Sequence[str],
     yardstick: Yardstick,
+    calibration: CalibrationData,
     request: Feeds,
     options: RuntimeOptions,
     *,
@@ -75,6 +80,7 @@ def choose_schedules(
     Args:
         model: the canonical model, whose tokens are all there.
         yardstick: divergence from the model as given, on rows that decide nothing else.
+        calibration: rows that tell which positions matter, where samples do not decide it themselves.
         request: what is timed.
 
     Returns:
@@ -83,22 +89,24 @@ def choose_schedules(
     axis = study_tokens(model)
     if isinstance(axis, Refusal):
         return axis
-    places = axis.places
+    places = len(axis.places)
+    planner = Planner(model, axis, calibration, options)
     trials: dict[Policy, Schedule] = {}
     reasons = []
     for name in POLICIES if policy == "auto" else (policy,):
         try:
-            candidate = cut_tokens(model, _plan(name, places, _stages(len(places), _TRIAL)))
-            _check(model, cut_tokens(model, _plan(name, places, (1.0,) * len(places))), request, options)
+            trial = planner.plan(name, _stages(places, _TRIAL))
+            candidate = cut_tokens(model, trial)
+            _check(model, cut_tokens(model, planner.plan(name, (1.0,) * places)), request, options)
         except CannotCut as error:
             reasons.append(str(error))
             continue
-        trials[name] = Schedule(_plan(name, places, _stages(len(places), _TRIAL)), yardstick(finish(candidate, rewrites)), 1.0)
+        trials[name] = Schedule(trial, yardstick(finish(candidate, rewrites)), 1.0)
     if not trials:
         return Refusal("OP705", "tokens", reasons[0])
     best = min(trials, key=lambda name: trials[name].error)
     log.info("tokens: %s", ", ".join(f"{name} {schedule.error:.3g}" for name, schedule in trials.items()))
-    plans = list(dict.fromkeys(_plan(best, places, shares) for shares in profiles(len(places))))
+    plans = list(dict.fromkeys(planner.plan(best, shares) for shares in profiles(places)))
     models = {f"{number}": finish(cut_tokens(model, plan), rewrites) for number, plan in enumerate(plans)}
     found = []
     shares = _timed(finish(model, rewrites), models, request, options, seed)
@@ -145,16 +153,38 @@ def _stages(places: int, ratio_: float) -> tuple[float, ...]:
     return tuple(ratio_ ** sum(place >= stage for stage in stages) for place in range(places))
 
 
-def _plan(policy: Policy, places: Sequence[Place], shares: Sequence[float]) -> TokenPlan:
-    """Cuts only where the share falls; merging takes no more than half of the tokens that it finds at one place."""
-    cuts = []
-    before = 1.0
-    for block, (place, wanted) in enumerate(zip(places, shares, strict=True)):
-        share = max(wanted, before * _LEAST.get(policy, 0.0))
-        if share < before or all(other == 1.0 for other in shares):
-            cuts.append(TokenCut(place.tensor, place.softmax.name, round(share, 4), block))
-        before = share
-    return TokenPlan(policy, tuple(cuts))
+class Planner:
+    """Makes plans of schedules; what a policy has to know of calibration rows is found once."""
+
+    def __init__(self, model: Model, axis: TokenAxis, calibration: CalibrationData, options: RuntimeOptions) -> None:
+        self.model, self.axis, self.calibration, self.options = model, axis, calibration, options
+
+    @cached_property
+    def ranks(self) -> dict[str, np.ndarray]:
+        return rank_positions(self.model, self.axis, self.calibration, self.options)
+
+    def plan(self, policy: Policy, shares: Sequence[float]) -> TokenPlan:
+        """Cuts only where the share falls; merging takes no more than it can of the tokens that it finds at one place.
+
+        Args:
+            shares: of tokens that stay behind each place.
+
+        Raises:
+            CannotCut: the policy does not fit the model.
+        """
+        cuts: list[TokenCut] = []
+        before = 1.0
+        for block, (place, wanted) in enumerate(zip(self.axis.places, shares, strict=True)):
+            share = max(wanted, before * _LEAST.get(policy, 0.0))
+            if share < before or all(other == 1.0 for other in shares):
+                cuts.append(TokenCut(place.tensor, place.softmax.name, round(share, 4), block))
+            before = share
+        return TokenPlan(policy, tuple(self._with_positions(cuts) if policy == "static" else cuts))
+
+    def _with_positions(self, cuts: Sequence[TokenCut]) -> list[TokenCut]:
+        ranks = [self.ranks[cut.place] for cut in cuts]
+        keep = [self.axis.leading + kept_of(cut.share, len(rank) - self.axis.leading) for cut, rank in zip(cuts, ranks, strict=True)]
+        return [replace(cut, positions=positions) for cut, positions in zip(cuts, nested(ranks, keep), strict=True)]
 
 
 def _check(model: Model, cut: Model, request: Feeds, options: RuntimeOptions) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -14,7 +16,7 @@ from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import Profile, synthetic_feeds, take_profile
 from onnxprune.graph.token_axis import TokenAxis, token_axis, values_behind
 from onnxprune.graph.token_cut import cut_tokens, spelled_out, study_tokens
-from onnxprune.graph.token_plan import MERGING, POLICIES, CannotCut, Policy, TokenCut, TokenPlan
+from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
 from onnxprune.graph.view import GraphView
 from onnxprune.runtime.session import open_session, run
 from tests.architectures import exports
@@ -41,21 +43,32 @@ def prepared(name: str, variant: str) -> tuple[Model, Profile, TokenAxis]:
 
 
 def plan_of(axis: TokenAxis, share: float, policy: Policy = "drop") -> TokenPlan:
-    return TokenPlan(policy, tuple(TokenCut(place.tensor, place.softmax.name, share, block) for block, place in enumerate(axis.places)))
+    cuts = tuple(TokenCut(place.tensor, place.softmax.name, share, block) for block, place in enumerate(axis.places))
+    if policy == "static" and axis.count is not None:
+        positions = (*range(axis.leading), *range(axis.leading, axis.count)[:: round(1 / share)])
+        cuts = tuple(replace(cut, positions=positions) for cut in cuts)
+    return TokenPlan(policy, cuts)
 
 
 def with_hidden_keys(model: Model, profile: Profile, axis: TokenAxis) -> Model:
-    """An input ``hidden.i`` [B, N] for each place, added to the scores of keys behind it; the attention maps are outputs."""
+    """An input ``hidden.i`` [B, N] for each place, added to the scores of keys behind it; the attention maps are outputs.
+
+    An input ``counted`` is how often each token counts in a mean, if there is one.
+    """
     emitter = Emitter(model, profile, prefix="test")
     behind = [values_behind(emitter.view, [place.tensor]) for place in axis.places]
     for node in emitter.view.nodes:
         stretch = sum(node.index in part for part in behind)
         if stretch and node.index in axis.attentions:
             node.proto.input[0] = emitter.op("Add", node.proto.input[0], emitter.unsqueeze(f"hidden.{stretch - 1}", 1, 2))
+        if node.index in axis.pools:
+            node.proto.input[0] = emitter.op("Mul", node.proto.input[0], emitter.unsqueeze("counted", 2))
         emitter.nodes.append(node.proto)
     proto = emitter.proto
     del proto.graph.node[:], proto.graph.value_info[:]
     proto.graph.node.extend(emitter.nodes)
+    if axis.pools:
+        proto.graph.input.append(helper.make_tensor_value_info("counted", TensorProto.FLOAT, ["b", "counted"]))
     for number in range(len(axis.places)):
         proto.graph.input.append(helper.make_tensor_value_info(f"hidden.{number}", TensorProto.FLOAT, ["b", "n"]))
     proto.graph.output.extend(helper.make_empty_tensor_value_info(place.softmax.outputs[0]) for place in axis.places)
@@ -91,6 +104,24 @@ def test_dropped_tokens_are_keys_that_nobody_sees(name: str, variant: str) -> No
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.parametrize(("name", "variant"), [("vit", "do18-sdpa"), ("deit-teacher", "ts17-sdpa"), *PLACED])
+def test_positions_that_never_stay_are_keys_that_nobody_sees(name: str, variant: str) -> None:
+    model, profile, axis = prepared(name, variant)
+    feeds, all_positions = images(model), range(axis.count or 0)
+    stays = [{*range(axis.leading), *(position for position in all_positions if position % 5 >= min(depth, 3))} for depth in range(1, 9)]
+    cuts = [replace(cut, positions=tuple(sorted(stay))) for cut, stay in zip(plan_of(axis, 0.5).cuts, stays, strict=False)]
+    hidden = [np.array([[0 if position in cut.positions else -1e4 for position in all_positions]] * 3, np.float32) for cut in cuts]
+    if axis.pools:
+        last = (hidden[-1][:, axis.leading :] == 0).astype(np.float32)
+        feeds["counted"] = last / last.mean()
+    session = open_session(with_hidden_keys(model, profile, axis))
+    expected = run(session, {**feeds, **_named(hidden)})[: len(model.output_names)]
+    feeds.pop("counted", None)
+    actual = run(open_session(cut_tokens(model, TokenPlan("static", tuple(cuts)))), feeds)
+    for want, got in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
 def _named(hidden: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {f"hidden.{number}": array for number, array in enumerate(hidden)}
 
@@ -100,7 +131,8 @@ def _named(hidden: list[np.ndarray]) -> dict[str, np.ndarray]:
 def test_nothing_changes_while_all_tokens_stay(name: str, variant: str, policy: Policy) -> None:
     model, _, axis = prepared(name, variant)
     feeds = synthetic_feeds(model)
-    if policy != "drop" and ((name, variant) in PLACED or (policy in MERGING and (name, variant) in TEXTS)):
+    unfit = {"package": PLACED, "merge": PLACED + TEXTS, "drop-merge": PLACED + TEXTS, "static": TEXTS}
+    if (name, variant) in unfit.get(policy, []):
         with pytest.raises(CannotCut, match="positions"):
             cut_tokens(model, plan_of(axis, 1.0, policy))
         return

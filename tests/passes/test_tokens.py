@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnxprune
+from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import InputError, NothingPrunable
 from onnxprune.graph.model import load
 from onnxprune.graph.token_plan import TokenPlan
@@ -110,7 +111,7 @@ def test_schedules_are_of_one_policy(no_clock: None) -> None:
     def error(candidate: Any) -> float:
         return float(np.abs(run(open_session(candidate), feeds)[0] - before).mean())
 
-    found = tokens.choose_schedules(model, (), error, feeds, RuntimeOptions())  # type: ignore[arg-type]
+    found = tokens.choose_schedules(model, (), error, CalibrationData(feeds, None, "one row"), feeds, RuntimeOptions())  # type: ignore[arg-type]
     assert isinstance(found, tuple)
     assert len({item.plan.policy for item in found}) == 1
     assert [item.error for item in found] == sorted(item.error for item in found)
