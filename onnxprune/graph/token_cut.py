@@ -103,6 +103,8 @@ class _Cutter:
         if self._choice is None:
             batch, count = self._sizes
             self._choice = Choice(self.e, self.axis.leading, self.axis.count, count, batch, self._real())
+            if self.plan.policy == "threshold" and self._choice.real is None:
+                self._choice.real = self._choice.all_real()
         return self._choice
 
     def run(self) -> Model:
@@ -129,7 +131,10 @@ class _Cutter:
             weights = before.sizes or self.choice.real
             scores = self.attention.received(self.maps[cut.softmax], self._sizes[0], before.count, weights)
             share = (self.left + cut.share) / 2 if policy == "drop-merge" else cut.share
-            features, after = self.choice.select(features, scores, share, before, package=policy == "package")
+            if cut.threshold is not None:
+                features, after = self.choice.select_above(features, scores, cut.threshold, before)
+            else:
+                features, after = self.choice.select(features, scores, share, before, package=policy == "package")
         if policy in MERGING:
             features, after = self.choice.merge(features, cut.share, after)
         self.left = cut.share

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from onnxprune.errors import InputError
 
-Policy = Literal["drop", "package", "merge", "drop-merge", "static"]
-POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge", "static")
+Policy = Literal["drop", "package", "merge", "drop-merge", "static", "threshold"]
+POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge", "static", "threshold")
 MERGING: frozenset[Policy] = frozenset({"merge", "drop-merge"})
 
 
@@ -21,6 +21,8 @@ class TokenCut:
     """At the tensor ``place``, behind the attention of the Softmax node ``softmax``, ``share`` of all tokens of a sample stay.
 
     ``block`` counts the places, from 0. ``positions``: where those that stay are among all tokens, rising; empty if samples decide it.
+    ``threshold``: attention that a token must get, as a multiple of the mean over the tokens of its sample; None if a number of them stays.
+    The share is then what stays on average.
     """
 
     place: str
@@ -28,9 +30,10 @@ class TokenCut:
     share: float
     block: int
     positions: tuple[int, ...] = ()
+    threshold: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value != ()}
+        return {name: value for name, value in vars(self).items() if value not in ((), None)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenCut:
@@ -44,6 +47,7 @@ class TokenPlan:
     ``drop``: nothing. ``package``: their mean is one more token, which later cuts add to (SPViT; EViT). ``merge``: the most similar pairs
     become one (ToMe). ``drop-merge``: one half leaves, the least attended; then similar pairs become one (after DiffRate).
     ``static``: nothing, and it is the same positions in every sample (Patch Slimming).
+    ``threshold``: nothing, and each sample keeps as many tokens as get enough attention (LTP).
     """
 
     policy: Policy

@@ -68,15 +68,33 @@ class Choice:
         Args:
             scores: float [B, N].
         """
-        e, lead = self.e, self.leading
-        total = e.op("Sub", before.count, e.int64([lead])) if lead else before.count
+        e, total = self.e, self._others(before)
         scores = self._behind(scores, before.count)
         if before.packaged:  # what was packed once is packed again
             packed = e.op("Sub", total, e.int64([1]))
             last = e.array(np.array([0, 0, 0, 1], np.int64))
             scores = e.op("Pad", e.slice(scores, 1, e.int64([0]), packed), last, e.array(np.array(-0.5, np.float32)))
-        chosen = self._select_fixed if self.real is None else self._select_real
-        return chosen(features, scores, share, before, package, total)
+        if self.real is None:
+            return self._select_fixed(features, scores, share, before, package, total)
+        tokens = e.reduce("ReduceSum", self._behind(self.real, self.first), [1], keepdims=True)
+        wanted = e.op("Max", self._share_of(tokens, share), self.number(1.0))
+        return self._select_real(features, scores, wanted, before, package, total)
+
+    def select_above(self, features: str, scores: str, threshold: float, before: Stretch) -> tuple[str, Stretch]:
+        """Keep tokens whose score is at least ``threshold`` times the mean over real tokens of their sample, and one in any case.
+
+        What is not attended, padding, scores nothing; the threshold does not depend on how much of it there is (LTP; Kim et al., 2022).
+
+        Args:
+            scores: float [B, N].
+        """
+        e, sizes = self.e, before.sizes or self.real
+        assert sizes is not None
+        mean = e.op("Div", *(e.reduce("ReduceSum", tensor, [1], keepdims=True) for tensor in (scores, sizes)))
+        enough = e.op("Cast", e.op("GreaterOrEqual", scores, e.op("Mul", mean, self.number(threshold))), to=TensorProto.FLOAT)
+        above = self._behind(e.op("Mul", enough, sizes), before.count)
+        wanted = e.op("Max", e.reduce("ReduceSum", above, [1], keepdims=True), self.number(1.0))
+        return self._select_real(features, self._behind(scores, before.count), wanted, before, False, self._others(before))
 
     def _select_fixed(self, features: str, scores: str, share: float, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
         """The same number of every sample."""
@@ -100,13 +118,12 @@ class Choice:
         made = e.op("Concat", self.take(sizes, index), mass, axis=1)
         return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packaged=True)
 
-    def _select_real(self, features: str, scores: str, share: float, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
-        """Its share of real tokens of each sample: the batch has room for the longest, and shorter ones hide the rest."""
+    def _select_real(self, features: str, scores: str, wanted: str, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
+        """Of each sample as many real tokens as wanted, float [B, 1]: the batch has room for the most, and the others hide the rest."""
         e, lead = self.e, self.leading
         assert self.real is not None
         sizes = before.sizes or self.real
         tokens = e.reduce("ReduceSum", self._behind(self.real, self.first), [1], keepdims=True)
-        wanted = e.op("Max", self._share_of(tokens, share), self.number(1.0))
         room = e.op("Cast", e.op("Reshape", e.reduce("ReduceMax", wanted, [0, 1], keepdims=False), e.int64([1])), to=TensorProto.INT64)
         there = e.op("Greater", self._behind(sizes, before.count), self.number(0.0))
         order = self._shifted(e.ops(2, "TopK", e.op("Where", there, scores, self.number(-1.0)), total, axis=1)[1])
@@ -142,8 +159,7 @@ class Choice:
 
         Likeness is the cosine of features, which lost far less than that of keys. At most half of the tokens merge at one place.
         """
-        e, lead = self.e, self.leading
-        total = e.op("Sub", before.count, e.int64([lead])) if lead else before.count
+        e, lead, total = self.e, self.leading, self._others(before)
         end, zero, two = e.int64([_END]), e.int64([0]), e.int64([2])
         leaving = e.op("Sub", total, e.op("Max", self._kept(share), e.op("Div", total, two)))
         starts = e.int64([lead]), e.int64([lead + 1])
@@ -176,6 +192,10 @@ class Choice:
         return self._with_leading(sizes, e.op("Mul", rest, each))
 
     # Small expressions.
+
+    def _others(self, before: Stretch) -> str:
+        """How many tokens there are behind the leading ones, int64 [1]."""
+        return self.e.op("Sub", before.count, self.e.int64([self.leading])) if self.leading else before.count
 
     def take(self, tensor: str, index: str) -> str:
         """Rows of axis 1 of [B, N, ...] by int64 [B, K]."""
@@ -213,6 +233,10 @@ class Choice:
         if not self.leading:
             return rest
         return self.e.op("Concat", self.e.slice(sizes, 1, self.e.int64([0]), self.e.int64([self.leading])), rest, axis=1)
+
+    def all_real(self) -> str:
+        """Ones for all tokens, float [B, N]: nothing is padding yet."""
+        return self._ones(self.first)
 
     def _ones(self, count: str) -> str:
         one = self.e.array(np.ones((1, 1), np.float32))

@@ -102,3 +102,44 @@ def nested(ranks: Sequence[np.ndarray], keep: Sequence[int]) -> list[tuple[int, 
         above |= set(others[: max(count - len(above), 0)])
         found.append(tuple(sorted(above)))
     return found[::-1]
+
+
+def attention_received(model: Model, data: CalibrationData, options: RuntimeOptions) -> list[dict[str, np.ndarray]]:
+    """Mean attention that each real token of a row gets in front of each place, float [real tokens] by place, for every row.
+
+    From the leading tokens, if there are any, else from all real ones, as the cut graph scores them.
+    """
+    axis, batches = probe(model, data, options)
+    rows = []
+    for probed in batches:
+        real = np.max([maps.max(axis=1) for maps in probed.attentions.values()], axis=0) > 0  # a key that nobody sees is padding
+        for row, there in enumerate(real):
+            queries = slice(0, axis.leading) if axis.leading else there
+            rows.append({place.tensor: probed.attentions[place.softmax.name][row, queries][:, there].mean(axis=0) for place in axis.places})
+    return rows
+
+
+def thresholds(rows: Sequence[dict[str, np.ndarray]], shares: Sequence[tuple[str, float]], leading: int) -> list[float]:
+    """Attention that tokens must get at each place, as a multiple of the mean over those of their row that are still there.
+
+    Args:
+        rows: as :func:`attention_received` gives them.
+        shares: (place, mean share of all tokens of a row that is to stay), in order.
+
+    What the keys that stay get without those that left is taken to be in proportion to what they get with them: exact where queries have
+    not changed since.
+    """
+    there = [np.ones(len(next(iter(row.values()))), bool) for row in rows]
+    found = []
+    for place, share in shares:
+        scores = [row[place] / row[place][stay].mean() for row, stay in zip(rows, there, strict=True)]
+        free = [np.flatnonzero(stay[leading:]) + leading for stay in there]
+        values = np.concatenate([score[index] for score, index in zip(scores, free, strict=True)])
+        weights = np.concatenate([np.full(len(index), 1 / (len(stay) - leading)) for index, stay in zip(free, there, strict=True)])
+        order = np.argsort(-values)
+        keep = int(np.searchsorted(np.cumsum(weights[order]), share * len(rows) - 1e-6)) + 1
+        ranked = values[order]
+        found.append(float(ranked[keep - 1] + ranked[keep]) / 2 if keep < len(ranked) else 0.0)
+        for score, stay in zip(scores, there, strict=True):
+            stay[leading:] &= score[leading:] >= found[-1]
+    return found

@@ -20,7 +20,7 @@ from onnxprune.graph.token_policy import kept_of
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import TokenPass
 from onnxprune.passes.int8 import timed
-from onnxprune.passes.token_ranks import nested, rank_positions
+from onnxprune.passes.token_ranks import attention_received, nested, rank_positions, thresholds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
 from onnxprune.verification import Yardstick
@@ -37,7 +37,7 @@ TOKENS = TokenPass(
     ),
 )
 
-TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge", "static"]
+TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge", "static", "threshold"]
 
 _FASTER = 0.98
 """A schedule must take no more than this share of the time with all tokens."""
@@ -163,6 +163,10 @@ class Planner:
     def ranks(self) -> dict[str, np.ndarray]:
         return rank_positions(self.model, self.axis, self.calibration, self.options)
 
+    @cached_property
+    def attended(self) -> list[dict[str, np.ndarray]]:
+        return attention_received(self.model, self.calibration, self.options)
+
     def plan(self, policy: Policy, shares: Sequence[float]) -> TokenPlan:
         """Cuts only where the share falls; merging takes no more than it can of the tokens that it finds at one place.
 
@@ -179,6 +183,9 @@ class Planner:
             if share < before or all(other == 1.0 for other in shares):
                 cuts.append(TokenCut(place.tensor, place.softmax.name, round(share, 4), block))
             before = share
+        if policy == "threshold":
+            found = thresholds(self.attended, [(cut.place, cut.share) for cut in cuts], self.axis.leading)
+            cuts = [replace(cut, threshold=round(value, 5)) for cut, value in zip(cuts, found, strict=True)]
         return TokenPlan(policy, tuple(self._with_positions(cuts) if policy == "static" else cuts))
 
     def _with_positions(self, cuts: Sequence[TokenCut]) -> list[TokenCut]:

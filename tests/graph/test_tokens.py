@@ -47,6 +47,8 @@ def plan_of(axis: TokenAxis, share: float, policy: Policy = "drop") -> TokenPlan
     if policy == "static" and axis.count is not None:
         positions = (*range(axis.leading), *range(axis.leading, axis.count)[:: round(1 / share)])
         cuts = tuple(replace(cut, positions=positions) for cut in cuts)
+    if policy == "threshold":
+        cuts = tuple(replace(cut, threshold=0.0 if share == 1 else 0.99) for cut in cuts)
     return TokenPlan(policy, cuts)
 
 
@@ -80,8 +82,9 @@ def images(model: Model, rows: int = 3) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal((rows, *array.shape[1:])).astype(np.float32) for name, array in synthetic_feeds(model).items()}
 
 
+@pytest.mark.parametrize("policy", ["drop", "threshold"])
 @pytest.mark.parametrize(("name", "variant"), [item for item in IMAGES if item[0] != "dinov2"])
-def test_dropped_tokens_are_keys_that_nobody_sees(name: str, variant: str) -> None:
+def test_dropped_tokens_are_keys_that_nobody_sees(name: str, variant: str, policy: Policy) -> None:
     model, profile, axis = prepared(name, variant)
     feeds, share = images(model), 0.6
     assert axis.count is not None
@@ -94,12 +97,15 @@ def test_dropped_tokens_are_keys_that_nobody_sees(name: str, variant: str) -> No
         score = maps[place.softmax.outputs[0]].reshape(3, -1, *maps[place.softmax.outputs[0]].shape[-2:])[:, :, : axis.leading].mean((1, 2))
         score[~there] = -1
         for row in range(3):
+            if policy == "threshold":
+                keep = int((score[row, axis.leading :] >= 0.99 * score[row, there[row]].mean()).sum())
+                assert 0 < keep < there[row].sum() - axis.leading
             gone = np.argsort(-score[row, axis.leading :])[keep:] + axis.leading
             there[row, gone] = False
         for later in range(number, len(axis.places)):
             hidden[later] = np.where(there, 0, -1e4).astype(np.float32)
     expected = run(session, {**feeds, **_named(hidden)})[: len(model.output_names)]
-    actual = run(open_session(cut_tokens(model, plan_of(axis, share))), feeds)
+    actual = run(open_session(cut_tokens(model, plan_of(axis, share, policy))), feeds)
     for want, got in zip(expected, actual, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
@@ -141,7 +147,7 @@ def test_nothing_changes_while_all_tokens_stay(name: str, variant: str, policy: 
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("policy", ["drop", "package"])
+@pytest.mark.parametrize("policy", ["drop", "package", "threshold"])
 @pytest.mark.parametrize(("name", "variant"), TEXTS)
 def test_neither_padding_nor_other_rows_change_what_stays(name: str, variant: str, policy: Policy) -> None:
     model, _, axis = prepared(name, variant)

@@ -16,7 +16,7 @@ from onnxprune.graph.profile import synthetic_feeds
 from onnxprune.graph.token_axis import TokenAxis
 from onnxprune.graph.token_cut import study_tokens
 from onnxprune.graph.token_plan import CannotCut
-from onnxprune.passes.token_ranks import Probed, nested, rank_positions, roll_out
+from onnxprune.passes.token_ranks import Probed, nested, rank_positions, roll_out, thresholds
 from onnxprune.runtime.session import RuntimeOptions
 from tests.architectures import exports
 
@@ -58,6 +58,24 @@ def test_every_place_has_a_ranking_with_what_is_read_in_front() -> None:
     for rank in ranks.values():
         assert sorted(rank) == list(range(axis.count or 0))
         assert sorted(rank[: axis.leading]) == list(range(axis.leading))
+
+
+def test_thresholds_leave_the_share_that_is_asked_for_on_average() -> None:
+    rng = np.random.default_rng(0)
+    rows = [{place: rng.dirichlet(np.ones(length)) for place in "ab"} for length in (9, 33, 17, 25)]
+    found = thresholds(rows, [("a", 0.7), ("b", 0.4)], leading=1)
+    first, second, numbers = [], [], set()
+    for row in rows:
+        stays = row["a"] >= found[0] * row["a"].mean()
+        stays[0] = True
+        later = stays & (row["b"] >= found[1] * row["b"][stays].mean())
+        first.append(stays[1:].mean())
+        second.append(later[1:].mean())
+        numbers.add(round(second[-1], 2))
+    assert np.mean(first) == pytest.approx(0.7, abs=0.03)
+    assert np.mean(second) == pytest.approx(0.4, abs=0.03)
+    assert len(numbers) > 1  # each row has as many as it needs
+    assert thresholds(rows, [("a", 1.0)], leading=1) == [0.0]
 
 
 def test_texts_have_no_fixed_positions() -> None:
