@@ -117,10 +117,17 @@ def choose_schedules(
     front = pareto(found)
     if not front:
         fastest = min(found, key=lambda schedule: schedule.share)
-        tokens = axis.count or "a few"
-        reason = f"the fastest of {len(found)} schedules runs at {1 / fastest.share:.2f}x of the speed with all {tokens} tokens"
+        tokens = _tokens(axis, calibration, request)
+        reason = f"the fastest of {len(found)} schedules runs at {1 / fastest.share:.2f}x of the speed with all{tokens} tokens"
         return Refusal("OP706", "tokens", reason)
     return front
+
+
+def _tokens(axis: TokenAxis, calibration: CalibrationData, request: Feeds) -> str:
+    """`` 16`` for a request of sixteen tokens; nothing if neither the model nor the request tells."""
+    told = [request[name].shape[along] for name, along in calibration.sequence_axes.items() if name in request]
+    count = axis.count or max(told, default=None)
+    return "" if count is None else f" {count}"
 
 
 def pareto(found: Sequence[Schedule]) -> tuple[Schedule, ...]:

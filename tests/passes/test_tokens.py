@@ -82,6 +82,18 @@ def test_tokens_leave_a_real_model_within_the_drop_and_the_plan_gives_the_same_b
     assert "behind attention" in result.plan.explain()
 
 
+def test_short_texts_are_told_that_it_is_not_worth_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a clock by which choosing tokens takes as long as they do."""
+    monkeypatch.setattr(tokens, "_timed", lambda whole, models, *rest: dict.fromkeys(models, 1.04))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 30, (24, 12))
+    np.savez(tmp_path / "calib.npz", input_ids=ids, attention_mask=np.ones_like(ids), token_type_ids=np.zeros_like(ids))
+    with pytest.raises(NothingPrunable, match=r"OP706.*0\.96x of the speed with all 12 tokens"):
+        onnxprune.prune(
+            exports.path("bert", "do18-sdpa"), passes="tokens", target_latency="80%", calib=tmp_path / "calib.npz", finishing=False
+        )
+
+
 def test_fewer_tokens_serve_no_target_that_is_counted() -> None:
     with pytest.raises(InputError, match="--target-latency"):
         onnxprune.prune(exports.path("vit", "do18-sdpa"), passes="tokens", target_macs="50%", calib="random")
