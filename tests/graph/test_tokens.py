@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +199,20 @@ def test_networks_that_cannot_lose_tokens_say_why(name: str, variant: str, code:
     found = study_tokens(canonicalise(load(exports.path(name, variant)))[0])
     assert isinstance(found, Refusal)
     assert found.code == code
+
+
+def test_plans_are_stored_with_positions_and_thresholds() -> None:
+    cuts = (TokenCut("a", "s", 0.5, 0, positions=(0, 2)), TokenCut("b", "t", 0.25, 1, threshold=0.0), TokenCut("c", "u", 0.1, 2))
+    plan = TokenPlan("threshold", cuts)
+    assert TokenPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    assert plan.as_dict()["cuts"][2] == {"place": "c", "softmax": "u", "share": 0.1, "block": 2}
+
+
+def test_positions_that_are_not_there_are_refused() -> None:
+    model, _, axis = prepared("vit", "do18-sdpa")
+    for positions in ((1, 2), (0, 2, 2), (0, 3, 99)):
+        with pytest.raises(CannotCut, match="another file"):
+            cut_tokens(model, TokenPlan("static", (replace(plan_of(axis, 0.5).cuts[0], positions=positions),)))
 
 
 def test_a_plan_for_another_file_is_refused() -> None:
