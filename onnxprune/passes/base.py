@@ -1,9 +1,7 @@
 """What a pass is.
 
-A width pass offers sites to the one search, the integer pass decides which products compute in int8, the token pass lets tokens leave
-between blocks, the vocabulary pass cuts word tables before anything else is decided, polish trains what the search
-found, and a rewrite pass changes the finished graph: exact
-ones keep its meaning, the others compute it in other numbers.
+A width pass offers sites to the one search, a whole pass decides something about the model as a whole, and a rewrite pass changes the
+finished graph: exact ones keep its meaning, the others compute it in other numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ from onnxprune.graph.model import Model
 
 ENTRY_POINTS = "onnxprune.passes"
 
+Effect = Literal["removes units", "other numbers", "same numbers"]
+
 
 @dataclass(frozen=True)
 class WidthPass:
@@ -31,6 +31,10 @@ class WidthPass:
     summary: str
     detail: str
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration", "gradients")
+
+    @property
+    def effect(self) -> Effect:
+        return "removes units"
 
 
 class Stage(IntEnum):
@@ -57,62 +61,31 @@ class RewritePass:
     finishing: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
+    @property
+    def effect(self) -> Effect:
+        return "same numbers" if self.exact else "other numbers"
+
 
 @dataclass(frozen=True)
-class IntegerPass:
-    """Lets products compute in int8; which ones, and how, is decided by measurement and stands in the plan."""
+class WholePass:
+    """Decides about the model as a whole; what it decides stands in the plan, and ``passes.scope`` and the search know it by ``kind``.
+
+    Words and hidden directions go before anything else is decided, so that the rest of the run sees the smaller model. Tokens and integers
+    share the target with widths, and polish trains what the search found.
+    """
 
     name: str
+    kind: Literal["words", "hidden", "tokens", "integers", "polish"]
     summary: str
     detail: str
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
 
-
-@dataclass(frozen=True)
-class VocabularyPass:
-    """Drops rows of word tables that the data never reads; everything after it sees the smaller model."""
-
-    name: str
-    summary: str
-    detail: str
-    kind: str = "words"
-    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
+    @property
+    def effect(self) -> Effect:
+        return "other numbers" if self.kind in ("integers", "polish") else "removes units"
 
 
-@dataclass(frozen=True)
-class StreamPass:
-    """Narrows residual streams to the share asked for; everything after it sees the narrow model."""
-
-    name: str
-    summary: str
-    detail: str
-    kind: str = "hidden"
-    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
-
-
-@dataclass(frozen=True)
-class TokenPass:
-    """Lets tokens leave behind attentions; how many where is decided by measurement and stands in the plan."""
-
-    name: str
-    summary: str
-    detail: str
-    kind: str = "tokens"
-    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
-
-
-@dataclass(frozen=True)
-class PolishPass:
-    """Trains the weights of the model that the search found, before it is put into other numbers."""
-
-    name: str
-    summary: str
-    detail: str
-    kind: str = "polish"
-    needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration", "gradients")
-
-
-Pass = WidthPass | RewritePass | IntegerPass | VocabularyPass | StreamPass | TokenPass | PolishPass
+Pass = WidthPass | WholePass | RewritePass
 
 
 @cache

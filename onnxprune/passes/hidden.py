@@ -19,12 +19,13 @@ from onnxprune.graph.profile import Profile
 from onnxprune.graph.stream import find_streams
 from onnxprune.graph.stream_parts import Stream
 from onnxprune.graph.view import GraphView
-from onnxprune.passes.base import StreamPass
+from onnxprune.passes.base import WholePass
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.verification import Yardstick
 
-HIDDEN = StreamPass(
+HIDDEN = WholePass(
     name="hidden",
+    kind="hidden",
     summary="narrow the residual stream of pre-norm networks",
     detail=(
         "The residual stream is turned into the basis of its principal directions on the data, the turn is folded into every matrix that "

@@ -2,10 +2,11 @@
 
 from onnxprune.graph.four_bit import to_four_bit
 from onnxprune.graph.half import to_float16
-from onnxprune.passes.base import IntegerPass, RewritePass, Stage
+from onnxprune.passes.base import RewritePass, Stage, WholePass
 
-INT8 = IntegerPass(
+INT8 = WholePass(
     name="int8",
+    kind="integers",
     summary="compute matrix products in int8, where that is faster and accurate",
     detail=(
         "Dynamic and static forms, per channel and per tensor, are measured on this machine and the best is taken. Products whose error "

@@ -24,7 +24,7 @@ from onnxprune.graph.autodiff.weights import parameters_of, weight_gradient_mode
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
 from onnxprune.passes.apply import install
-from onnxprune.passes.base import PolishPass
+from onnxprune.passes.base import WholePass
 from onnxprune.passes.refit import followed
 from onnxprune.passes.workbench import Student, Workbench
 from onnxprune.runtime.session import open_session, run
@@ -32,14 +32,16 @@ from onnxprune.verification import Yardstick
 
 log = logging.getLogger(__name__)
 
-POLISH = PolishPass(
+POLISH = WholePass(
     name="polish",
+    kind="polish",
     summary="distil the pruned model from the dense one for a few epochs, without labels",
     detail=(
         "Gradient steps on all weights of the pruned model, towards the outputs and the residual stream of the dense model, on calibration "
         "rows and rows spliced from two of them. Rows that took no part choose the epoch; a model that did not get better stays as it was. "
         "Takes minutes where the rest takes seconds."
     ),
+    needs=("calibration", "gradients"),
 )
 
 EPOCHS = 8

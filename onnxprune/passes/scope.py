@@ -19,7 +19,7 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
 from onnxprune.graph.turning import Bases
 from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
-from onnxprune.passes.base import IntegerPass, PolishPass, RewritePass, StreamPass, TokenPass, VocabularyPass, WidthPass, ordered, select
+from onnxprune.passes.base import RewritePass, WholePass, WidthPass, ordered, select
 from onnxprune.passes.hidden import Narrowed, narrow_streams
 from onnxprune.passes.int8 import Int8Choice
 from onnxprune.passes.tokens import TokenPolicy
@@ -108,8 +108,8 @@ def understand(
     passes = select(settings.passes)
     widths = [item for item in passes if isinstance(item, WidthPass)]
     rewrites = ordered(item.name for item in passes if isinstance(item, RewritePass))
-    integers = any(isinstance(item, IntegerPass) for item in passes)
-    tokens = any(isinstance(item, TokenPass) for item in passes)
+    asked = {item.kind for item in passes if isinstance(item, WholePass)}
+    integers, tokens = "integers" in asked, "tokens" in asked
     if integers and (others := [name for name in rewrites if name in ("int4", "fp16")]):
         raise InputError(
             f"--passes names int8 and {others[0]}, which put the same weights into different numbers; "
@@ -117,7 +117,7 @@ def understand(
         )
     canonical, profile = canonicalise(given, samples)
     whole, words = canonical, Reduction()
-    if any(isinstance(item, VocabularyPass) for item in passes):
+    if "words" in asked:
         words = choose_vocabularies(whole, corpus, settings.keep_ids, settings.vocab_map)
         if not words.vocabularies and not widths and not integers and not tokens and not rewrites:
             raise NothingPrunable("\n  ".join(["nothing to prune for vocab:", *map(str, words.refusals)]))
@@ -126,7 +126,7 @@ def understand(
     kinds = {item.kind for item in widths}
     anatomy = study(canonical, profile)
     streams = None
-    if any(isinstance(item, StreamPass) for item in passes):
+    if "hidden" in asked:
         if data is None:
             raise InputError("hidden chooses its directions by data: give real data with --calib")
         objective = choose_objective(anatomy, settings.output, data.labels, settings.purpose)
@@ -147,8 +147,9 @@ def understand(
         raise NothingPrunable(f"nothing to prune: --keep and --exclude protect all {len(found)} sites of {', '.join(sorted(kinds))}")
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
-    polish = any(isinstance(item, PolishPass) for item in passes)
-    return Study(given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens, streams=streams, polish=polish)
+    return Study(
+        given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens, streams=streams, polish="polish" in asked
+    )
 
 
 def leading_to(study_: Study, objective: Objective) -> Study:

@@ -18,7 +18,7 @@ from onnxprune.graph.token_cut import cut_tokens, study_tokens
 from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
 from onnxprune.graph.token_policy import kept_of
 from onnxprune.passes.apply import finish
-from onnxprune.passes.base import TokenPass
+from onnxprune.passes.base import WholePass
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.token_ranks import attention_received, nested, rank_positions, thresholds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
@@ -27,8 +27,9 @@ from onnxprune.verification import Yardstick
 
 log = logging.getLogger(__name__)
 
-TOKENS = TokenPass(
+TOKENS = WholePass(
     name="tokens",
+    kind="tokens",
     summary="fewer tokens in the later blocks: the least attended leave, or similar ones merge",
     detail=(
         "Behind an attention, tokens that get little of it leave, are packed into one, or merge with those most like them, whichever "

@@ -14,10 +14,11 @@ from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.model import Model
 from onnxprune.graph.view import GraphView
 from onnxprune.graph.vocabulary import FEW_ROWS, VocabMap, Vocabulary, WordTables, nearest_rows, other_reader, word_tables
-from onnxprune.passes.base import VocabularyPass
+from onnxprune.passes.base import WholePass
 
-VOCAB = VocabularyPass(
+VOCAB = WholePass(
     name="vocab",
+    kind="words",
     summary="drop rows of word embeddings that the data never reads",
     detail=(
         "Rows of ids that neither the calibration data nor --keep-ids nor the tokenizer's special tokens name go. Outputs for the data "

@@ -337,12 +337,11 @@ def _labelled(rows: Sequence[tuple[str, str]]) -> Table:
 
 def pass_facts(item: Pass) -> dict[str, Any]:
     """What a pass does. ``kind``: it takes units out, computes in other numbers, or leaves the numbers as they are."""
-    same = "same numbers" if getattr(item, "exact", False) else "other numbers"
     return {
         "name": item.name,
         "summary": item.summary,
         "detail": item.detail,
-        "kind": "removes units" if hasattr(item, "kind") else same,
+        "kind": item.effect,
         "needs": list(item.needs),
         "tried": list(getattr(item, "finishing", ())),
     }
