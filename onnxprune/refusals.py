@@ -288,9 +288,10 @@ CODES: dict[str, Code] = {
         Code(
             "OP703",
             "a row of the output for each token",
-            "Word and pixel labels, language models and hidden states are outputs per token: a token that left would have none.",
-            "output logits has a row for each token",
-            "export the network with its classifier or pooling, or prune heads and ffn",
+            "Tokens that left come back in front of the head, as they were. They cannot where an output is made of tokens before the last "
+            "block, or where no token may know of later ones, as in language models: which of them leave would tell.",
+            "output logits has a row for each token, and tokens that may not know of later ones",
+            "leave out outputs of earlier blocks, or prune heads and ffn",
         ),
         Code(
             "OP704",

@@ -1,8 +1,8 @@
 """Where tokens may leave a graph: tensors that all features pass through, and everything behind them that has an axis of tokens.
 
 The same rules of axes that find heads and neurons (:mod:`onnxprune.graph.axis_rules`) carry the axis of tokens forwards from the first
-attention. What meets it from the side, masks and tables of positions, has to follow; what treats tokens by their places, a grid, a
-window or an output with a row for each of them, forbids it.
+attention. What meets it from the side, masks and tables of positions, has to follow; what treats tokens by their places, a grid or a
+window, forbids it, unless that is done behind the last block: there all tokens can be back (:mod:`onnxprune.graph.token_return`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from onnx import helper
 
 from onnxprune.errors import Refusal
 from onnxprune.graph.axis_links import Barrier, Regroup, Shapes, Tie
 from onnxprune.graph.axis_rules import MEASURES, links, slice_ranges
-from onnxprune.graph.profile import Profile
+from onnxprune.graph.clean import without_dead
+from onnxprune.graph.profile import Profile, synthetic_feeds
 from onnxprune.graph.view import GraphView, Node
+from onnxprune.runtime.session import open_session, run
 
 MINIMUM_OPSET = 13
 _POOLS = frozenset({"ReduceMean", "ReduceSum"})
@@ -53,6 +56,7 @@ class TokenAxis:
         pools: reductions over tokens, by node index, with the axis.
         attentions: nodes (Softmax over tokens) by index.
         count: number of tokens if it is fixed.
+        returned: the tensor [B, N, C] in which all tokens are back, because what is behind needs a row for each; None if nothing does.
     """
 
     places: tuple[Place, ...]
@@ -62,6 +66,7 @@ class TokenAxis:
     pools: dict[int, int]
     attentions: frozenset[int]
     count: int | None
+    returned: str | None = None
     region: frozenset[int] = field(repr=False, default=frozenset())
 
     def axes(self, tensor: str) -> tuple[int, ...]:
@@ -83,9 +88,62 @@ def token_axis(view: GraphView, profile: Profile) -> TokenAxis | Refusal:
         places = find_places(view, profile)
         if not places:
             raise _Forbidden("OP702", "no attention is followed by one tensor [batch, tokens, width] that all features pass through")
-        return _Flow(view, profile, places).run()
+        try:
+            return _Flow(view, profile, places).run()
+        except _Forbidden as found:
+            returning = _returning(view, profile, places, found)
+            if returning is None:
+                raise
+            return returning
     except _Forbidden as found:
         return Refusal(found.code, "tokens", found.reason)
+
+
+def _returning(view: GraphView, profile: Profile, places: tuple[Place, ...], needed: _Forbidden) -> TokenAxis | None:
+    """The axis between the first place and the last sum of the residual stream, in which all tokens are back; None if they are one.
+
+    Raises:
+        _Forbidden: tokens are told apart in front of it, or may not know of later ones: which of them leave would tell.
+    """
+    end = _last_sum(view, profile, places[-1])
+    inner = tuple(place for place in places if place.tensor != end)
+    if not inner:
+        return None
+    axis = _Flow(view, profile, inner, end, _Flow(view, profile, (Place(end, places[-1].softmax),)).read_by_place()).run()
+    maps = [view.nodes[index].outputs[0] for index in sorted(axis.attentions | {place.softmax.index for place in inner})]
+    if _one_way(view, maps):
+        raise _Forbidden("OP703", f"{needed}, and tokens that may not know of later ones") if needed.code == "OP703" else needed
+    return axis
+
+
+def _last_sum(view: GraphView, profile: Profile, place: Place) -> str:
+    """The last tensor of the residual stream that all features pass through: behind it a head begins, whose features are others."""
+    shape = profile.shape(place.tensor)
+    behind = values_behind(view, [place.tensor])
+    for index in sorted(behind, reverse=True):
+        node = view.nodes[index]
+        summands = [name for name in node.inputs if profile.shape(name) == shape and not view.is_constant(name)]
+        if node.op in ("Add", "Sum") and len(summands) > 1 and profile.shape(node.outputs[0]) == shape and _all_behind(view, node, behind):
+            return node.outputs[0]
+    return place.tensor
+
+
+def _all_behind(view: GraphView, node: Node, behind: set[int]) -> bool:
+    """Whether nothing reads values made behind the place and not behind this node, but through this node."""
+    later = values_behind(view, node.outputs)
+    earlier = {name for index in behind - later - {node.index} for name in view.nodes[index].outputs}
+    return not earlier.intersection(view.graph_outputs) and not any(
+        earlier.intersection(view.nodes[index].inputs) for index in later if view.nodes[index].op not in MEASURES
+    )
+
+
+def _one_way(view: GraphView, maps: list[str]) -> bool:
+    """Whether in any of these attention maps no token sees a later one."""
+    proto = view.model.copy_proto()
+    del proto.graph.output[:]
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in maps)
+    model = without_dead(view.model.with_proto(proto))
+    return any(not np.triu(table, 1).any() for table in run(open_session(model), synthetic_feeds(model)))
 
 
 def values_behind(view: GraphView, names: Iterable[str]) -> set[int]:
@@ -141,26 +199,24 @@ def _separates(view: GraphView, profile: Profile, tensor: str, mixed: set[int], 
 class _Flow:
     """Carries the axis of tokens through the region behind the first place."""
 
-    def __init__(self, view: GraphView, profile: Profile, places: tuple[Place, ...]) -> None:
-        self.view, self.profile, self.places = view, profile, places
-        self.region = values_behind(view, [places[0].tensor])
+    def __init__(self, view: GraphView, profile: Profile, places: tuple[Place, ...], end: str | None = None, leading: int = 0) -> None:
+        """
+        Args:
+            end: where the region ends; everything behind it sees all tokens.
+            leading: how many tokens are read by their places behind it.
+        """
+        self.view, self.profile, self.places, self.end = view, profile, places, end
+        self.region = values_behind(view, [places[0].tensor]) - (values_behind(view, [end]) if end else set())
         self.along: dict[tuple[str, int], Along] = {}
         self.sides: dict[str, set[int]] = {}
         self.pools: dict[int, int] = {}
         self.attentions: set[int] = set()
-        self.leading = 0
+        self.leading = leading
         self.pending: list[tuple[str, int]] = []
 
     def run(self) -> TokenAxis:
-        self._mark(self.places[0].tensor, 1, Along())
-        while self.pending:
-            tensor, axis = self.pending.pop()
-            touching = [node for node, _ in self.view.consumers.get(tensor, ())]
-            maker = self.view.producer.get(tensor)
-            for node in dict.fromkeys([*touching, *([maker] if maker is not None else [])]):
-                if node.index in self.region:
-                    self._pass(node, tensor, axis)
-        outputs = sorted(name for name, _ in self.along if name in self.view.graph_outputs)
+        self._walk(strict=True)
+        outputs = sorted(name for name, _ in self.along if name in self.view.graph_outputs and name != self.end)
         if outputs:
             raise _Forbidden("OP703", f"output {outputs[0]} has a row for each token")
         count = self.profile.dim(self.places[0].tensor, 1)
@@ -174,8 +230,28 @@ class _Flow:
             pools=self.pools,
             attentions=frozenset(self.attentions),
             count=count,
+            returned=self.end,
             region=frozenset(self.region),
         )
+
+    def read_by_place(self) -> int:
+        """How many first tokens are read by their places, as far as the axis can be followed."""
+        self._walk(strict=False)
+        return self.leading
+
+    def _walk(self, strict: bool) -> None:
+        self._mark(self.places[0].tensor, 1, Along())
+        while self.pending:
+            tensor, axis = self.pending.pop()
+            touching = [node for node, _ in self.view.consumers.get(tensor, ())]
+            maker = self.view.producer.get(tensor)
+            for node in dict.fromkeys([*touching, *([maker] if maker is not None else [])]):
+                if node.index in self.region:
+                    try:
+                        self._pass(node, tensor, axis)
+                    except _Forbidden:
+                        if strict:
+                            raise
 
     def _mark(self, tensor: str, axis: int, along: Along) -> None:
         known = self.along.get((tensor, axis))

@@ -2,7 +2,8 @@
 
 Which they are is decided for each sample, in the graph, by the attention in front of the place or by how alike tokens are. Of padded texts
 each keeps its own share of real tokens, so that neither padding nor other rows of a batch change what stays. Keys that stand for several
-tokens weigh as many: the logarithm of their size is added to their scores, and means count them as often.
+tokens weigh as many: the logarithm of their size is added to their scores, and means count them as often. Where the output has a row for
+each token, all are back in front of the head.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from onnxprune.graph.profile import Profile, take_profile
 from onnxprune.graph.token_axis import Along, TokenAxis, token_axis, values_behind
 from onnxprune.graph.token_plan import MERGING, CannotCut, TokenCut, TokenPlan
 from onnxprune.graph.token_policy import GONE, Choice, Stretch
+from onnxprune.graph.token_return import Return
 from onnxprune.graph.token_score import Attention
 from onnxprune.graph.uniform import uniform_value
 from onnxprune.graph.view import GraphView, Node
 
-_ATTENTION = frozenset(key for key in COVERED if "Attention" in key[1])
+_ATTENTION = frozenset(key for key in COVERED if "Attention" in key[1] or "Rotary" in key[1])
 _HIDDEN = -1e3
 """An additive mask below this hides a token."""
 
@@ -32,7 +34,7 @@ _END = 2**62
 
 
 def spelled_out(model: Model) -> Model:
-    """The model with attention in primitives: operators that compute all of it have no place for the sizes of tokens."""
+    """The model with attention in primitives: fused operators know neither sizes of tokens nor angles of each sample."""
     present = {("" if node.domain == "ai.onnx" else node.domain, node.op_type) for node in model.proto.graph.node}
     return lower(model, set(_ATTENTION & present)) if _ATTENTION & present else model
 
@@ -80,7 +82,8 @@ class _Cutter:
             raise CannotCut(f"tokens cannot leave at {unknown[0]!r} in this model; the plan was made for another file")
         self.cuts = {cut.place: cut for cut in plan.cuts}
         behind = [values_behind(self.view, [place]) for place in sorted(self.cuts, key=order.index)]
-        self.stretch_of = {node.index: sum(node.index in part for part in behind) for node in self.view.nodes}
+        head = values_behind(self.view, [axis.returned]) if axis.returned else set()
+        self.stretch_of = {node.index: 0 if node.index in head else sum(node.index in part for part in behind) for node in self.view.nodes}
         self.maps = {node.name: node for node in self.view.nodes if node.op == "Softmax"}
         self.versions: dict[tuple[str, int], str] = {}
         self.biases: dict[tuple[int, int], str] = {}
@@ -88,6 +91,8 @@ class _Cutter:
         self.masks = self._masks()
         if plan.policy in MERGING and (self.masks or any(uniform_value(self.view, name) is None for name in axis.sides)):
             raise CannotCut("tokens cannot merge where masks or positions meet them")
+        if plan.policy == "package" and axis.returned:
+            raise CannotCut("a package of tokens has no row of its own in the output")
         self.batch_size, first = (profile.shape(order[0]) or (0,))[0], order[0]
         batch, count = self.e.size_of(first, 0), self.e.size_of(first, 1)
         self.stretches = [Stretch(count)]
@@ -95,6 +100,7 @@ class _Cutter:
         self.positions: np.ndarray | None = None
         self.attention = Attention(self.e, self.view, profile, axis, self._version_for, self.biases)
         self._sizes = batch, count
+        self.returning = Return(self.e, batch) if axis.returned else None
         self._choice: Choice | None = None
 
     @property
@@ -122,9 +128,10 @@ class _Cutter:
     def _cut(self, cut: TokenCut) -> None:
         before = self.stretches[-1]
         policy = self.plan.policy
-        features, after = cut.place, before
+        features, after, steps = cut.place, before, []
         if policy == "static":
             features, after = self.choice.keep(features, self._fixed(cut))
+            steps.append(after)
         elif policy != "merge":
             if cut.softmax not in self.maps:
                 raise CannotCut(f"the attention {cut.softmax!r} is not in this model; the plan was made for another file")
@@ -135,8 +142,12 @@ class _Cutter:
                 features, after = self.choice.select_above(features, scores, cut.threshold, before)
             else:
                 features, after = self.choice.select(features, scores, share, before, package=policy == "package")
+            steps.append(after)
         if policy in MERGING:
             features, after = self.choice.merge(features, cut.share, after)
+            steps.append(after)
+        if self.returning:
+            self.returning.pass_place(cut.place, before, *steps)
         self.left = cut.share
         self.stretches.append(after)
         self.versions[cut.place, len(self.stretches) - 1] = features
@@ -176,6 +187,9 @@ class _Cutter:
         if node.op in ("Gather", "Split") and self._emit_parts(node, proto.input[0]):
             return
         self.e.nodes.append(proto)
+        if self.returning and node.outputs[0] == self.axis.returned:
+            proto.output[0] = self.e.fresh("there")
+            self.returning.all_back(proto.output[0], node.outputs[0])
 
     def _emit_parts(self, node: Node, tensor: str) -> bool:
         """Tokens from one on, where they were told by number."""

@@ -23,7 +23,8 @@ class Stretch:
     ``count`` is their number, int64 [1]. ``index`` int64 [B, count]: where they were in the stretch before, None if they are no selection
     of those. ``sizes`` float [B, count]: how many tokens each stands for, 0 for padding; None if all are one. ``weights``: the same for
     means over tokens, where it always sums to the number of all. ``packaged``: the last one is a package. ``fixed``: int64 [count], the
-    same as ``index`` where all samples keep the same tokens.
+    same as ``index`` where all samples keep the same tokens. ``moves``: where tokens of the stretch before are now, int64 [B, count
+    before], if that is not told by ``index``.
     """
 
     count: str
@@ -32,6 +33,7 @@ class Stretch:
     weights: str | None = None
     packaged: bool = False
     fixed: np.ndarray | None = None
+    moves: str | None = None
 
 
 def kept_of(share: float, tokens: int) -> int:
@@ -174,7 +176,8 @@ class Choice:
         sums = e.op("Concat", features if before.sizes is None else e.op("Mul", features, column), column, axis=2)
         first, second = (e.slice(sums, 1, start, end, 2) for start in starts)
         slots = e.unsqueeze(self._range(e.op("Div", total, two)), 0, 2)
-        joins = e.op("Cast", e.op("Equal", e.transpose(self.take(nearest, joining), [0, 2, 1]), slots), to=TensorProto.FLOAT)
+        targets = self.take(nearest, joining)
+        joins = e.op("Cast", e.op("Equal", e.transpose(targets, [0, 2, 1]), slots), to=TensorProto.FLOAT)
         joined = e.op("Add", second, e.op("MatMul", joins, self.take(first, joining)))
         leading = [e.slice(sums, 1, zero, e.int64([lead]))] if lead else []
         result = e.op("Concat", *leading, self.take(first, staying), joined, axis=1)
@@ -182,7 +185,31 @@ class Choice:
         sizes = e.squeeze(mass, 2)
         merged = e.op("Div", e.slice(result, 2, zero, e.int64([-1])), mass)
         weights = sizes if before.weights == before.sizes else self._weights(sizes)
-        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, weights)
+        moves = self._merged(order, e.squeeze(targets, 2), e.op("Sub", first_set, leaving), e.op("Div", total, two))
+        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, weights, moves=moves)
+
+    def _merged(self, order: str, targets: str, stay: str, second: str) -> str:
+        """Where tokens are after a merge, int64 [B, all that were there].
+
+        Args:
+            order: tokens of the first set, those that join one of the second first, int64 [B, A].
+            targets: tokens of the second set that they join, int64 [B, A - stay].
+            stay: how many of the first set do not join, int64 [1]; ``second``: how many are in the second.
+        """
+        e = self.e
+        first, two = e.int64([self.leading]), e.int64([2])
+        behind = e.op("Add", first, stay)
+        joined = self._row(self._range(second))
+        leading = [self._row(e.array(np.arange(self.leading, dtype=np.int64)))] if self.leading else []
+        of_second = e.op("Add", e.op("Mul", joined, two), e.int64([self.leading + 1]))
+        were = e.op("Concat", *leading, e.op("Add", e.op("Mul", order, two), first), of_second, axis=1)
+        staying = e.op("Add", self._row(self._range(stay)), first)
+        are = e.op("Concat", *leading, e.op("Add", targets, behind), staying, e.op("Add", joined, behind), axis=1)
+        return e.op("ScatterElements", were, were, are, axis=1)
+
+    def _row(self, numbers: str) -> str:
+        """int64 [K] for every sample, [B, K]."""
+        return self.e.op("Expand", self.e.unsqueeze(numbers, 0), self.e.op("Concat", self.batch, self.e.int64([1]), axis=0))
 
     def _weights(self, sizes: str) -> str:
         """Of sizes [B, N], where some tokens left for good: those behind the leading ones count for them as well."""
@@ -225,9 +252,7 @@ class Choice:
     def _after_leading(self, index: str) -> str:
         if not self.leading:
             return index
-        e = self.e
-        first = e.array(np.arange(self.leading, dtype=np.int64)[None])
-        return e.op("Concat", e.op("Expand", first, e.op("Concat", self.batch, e.int64([1]), axis=0)), index, axis=1)
+        return self.e.op("Concat", self._row(self.e.array(np.arange(self.leading, dtype=np.int64))), index, axis=1)
 
     def _with_leading(self, sizes: str, rest: str) -> str:
         if not self.leading:

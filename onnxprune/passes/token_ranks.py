@@ -57,8 +57,8 @@ def roll_out(axis: TokenAxis, probed: Probed) -> dict[str, np.ndarray]:
     """
     rows, tokens = next(iter(probed.norms.values())).shape
     reads = np.full((rows, tokens), 1 / tokens)
-    if not axis.pools:
-        reads = np.tile(np.arange(tokens) < axis.leading, (rows, 1)) / max(axis.leading, 1)
+    if axis.leading and not axis.pools and axis.returned is None:
+        reads = np.tile(np.arange(tokens) < axis.leading, (rows, 1)) / axis.leading
     scores = {}
     for kind, name in reversed(probed.order):
         if kind == "norm":

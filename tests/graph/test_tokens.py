@@ -185,7 +185,6 @@ def test_batches_give_what_single_images_give(policy: Policy) -> None:
 @pytest.mark.parametrize(
     ("name", "variant", "code"),
     [
-        ("modernbert", "do18-sdpa", "OP703"),
         ("swin", "do18-sdpa", "OP704"),
         ("clip-text", "do18-sdpa", "OP704"),
         ("gpt2-cache", "do18-sdpa", "OP702"),
