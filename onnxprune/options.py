@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from onnxprune.calibration.objective import LossSource, Purpose
+from onnxprune.calibration.tokenizer import read_words
 from onnxprune.errors import InputError
 from onnxprune.graph.token_plan import POLICIES
 from onnxprune.graph.vocabulary import VocabMap
@@ -54,6 +55,7 @@ def settings(
     vocab_map: VocabMap = "graph",
     token_policy: TokenPolicy = "auto",
     hidden_keep: float | str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     uniform: bool = False,
     protect_classes: bool = False,
 ) -> Settings:
@@ -90,6 +92,12 @@ def settings(
         raise InputError(
             f"--token-policy {token_policy} says how, but tokens is not among the passes: --passes {','.join((*passes, 'tokens'))}"
         )
+    if tokenizer is not None:
+        if "tokens" not in passes:
+            raise InputError(
+                f"--tokenizer names tokens that leave, but tokens is not among the passes: --passes {','.join((*passes, 'tokens'))}"
+            )
+        read_words(Path(tokenizer))  # before hours of search
     if int8 != "auto" and "int8" not in passes:
         raise InputError(f"--int8 {int8} says how, but int8 is not among the passes; add it: --passes {','.join((*passes, 'int8'))}")
     if protect_classes and (not targets or targets[0].auto):
@@ -114,6 +122,7 @@ def settings(
         token_policy=token_policy,
         protect_classes=protect_classes,
         hidden_keep=_hidden_keep(hidden_keep, passes),
+        tokenizer=Path(tokenizer) if tokenizer is not None else None,
     )
 
 

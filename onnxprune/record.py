@@ -18,6 +18,7 @@ from onnxprune.graph.model import Model, atomic_file
 from onnxprune.passes.anchor import MISS
 from onnxprune.passes.decision import Decision, summary
 from onnxprune.passes.scope import Settings
+from onnxprune.passes.token_samples import token_samples
 from onnxprune.runtime.environment import describe
 from onnxprune.search.plan import save_id_maps
 
@@ -101,6 +102,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
         "tokens": {
             "chosen": None if decision.plan.tokens is None else decision.plan.tokens.as_dict(),
             "schedules": [schedule.as_dict() for schedule in decision.shipping.schedules],
+            "samples": token_samples(decision, chosen),
         },
         "int8": {
             "scheme": str(decision.shipping.scheme) if decision.plan.int8 else None,

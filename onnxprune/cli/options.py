@@ -225,6 +225,11 @@ deciding_options = stack(
         show_default=True,
         help="What becomes of tokens that the tokens pass takes out: nothing, one token of their mean, or part of the most similar one.",
     ),
+    file_option(
+        "--tokenizer",
+        heading="Data",
+        help="The model's tokenizer.json: the report then shows the words that the tokens pass takes out, not their ids.",
+    ),
     output_name_option,
     purpose_option,
     option(

@@ -8,6 +8,8 @@ each token, all are back in front of the head.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from onnx import NodeProto, TensorProto
 
@@ -23,6 +25,7 @@ from onnxprune.graph.token_plan import MERGING, CannotCut, TokenCut, TokenPlan
 from onnxprune.graph.token_policy import GONE, Choice, Stretch
 from onnxprune.graph.token_return import Return
 from onnxprune.graph.token_score import Attention
+from onnxprune.graph.token_trace import Trace
 from onnxprune.graph.uniform import uniform_value
 from onnxprune.graph.view import GraphView, Node
 
@@ -54,8 +57,11 @@ def present_in(model: Model, plan: TokenPlan) -> TokenPlan:
     return TokenPlan(plan.policy, tuple(cut for cut in plan.cuts if (cut.place, cut.softmax) in there))
 
 
-def cut_tokens(model: Model, plan: TokenPlan) -> Model:
+def cut_tokens(model: Model, plan: TokenPlan, *, traced: bool = False) -> Model:
     """The model with fewer tokens behind each place of the plan.
+
+    Args:
+        traced: with further outputs that tell which they are: see :data:`onnxprune.graph.token_trace.TRACE`.
 
     Raises:
         CannotCut: something in the model cannot follow, or the plan does not fit it.
@@ -67,13 +73,13 @@ def cut_tokens(model: Model, plan: TokenPlan) -> Model:
     axis = token_axis(GraphView(model), profile)
     if isinstance(axis, Refusal):
         raise CannotCut(str(axis))
-    return _Cutter(model, profile, axis, plan).run()
+    return _Cutter(model, profile, axis, plan, traced).run()
 
 
 class _Cutter:
     """Emits the graph anew; every node belongs to the stretch behind the last place that its values depend on."""
 
-    def __init__(self, model: Model, profile: Profile, axis: TokenAxis, plan: TokenPlan) -> None:
+    def __init__(self, model: Model, profile: Profile, axis: TokenAxis, plan: TokenPlan, traced: bool) -> None:
         self.e = Emitter(model, profile, prefix="onnxprune.tok")
         self.view, self.profile, self.axis, self.plan = self.e.view, profile, axis, plan
         order = [place.tensor for place in axis.places]
@@ -102,6 +108,7 @@ class _Cutter:
         self._sizes = batch, count
         self.returning = Return(self.e, batch) if axis.returned else None
         self._choice: Choice | None = None
+        self._traced = traced
 
     @property
     def choice(self) -> Choice:
@@ -113,6 +120,10 @@ class _Cutter:
                 self._choice.real = self._choice.all_real()
         return self._choice
 
+    @cached_property
+    def trace(self) -> Trace | None:
+        return Trace(self.e, self.choice, *self._sizes) if self._traced else None
+
     def run(self) -> Model:
         for node in self.view.nodes:
             self._emit(node)
@@ -123,7 +134,8 @@ class _Cutter:
         del proto.graph.node[:]
         proto.graph.node.extend(self.e.nodes)
         del proto.graph.value_info[:]
-        return without_dead(self.e.model.with_proto(proto))
+        result = self.e.model.with_proto(proto)
+        return without_dead(self.trace.told_by(result) if self.trace else result)
 
     def _cut(self, cut: TokenCut) -> None:
         before = self.stretches[-1]
@@ -148,6 +160,8 @@ class _Cutter:
             steps.append(after)
         if self.returning:
             self.returning.pass_place(cut.place, before, *steps)
+        if self.trace:
+            self.trace.pass_place(*steps)
         self.left = cut.share
         self.stretches.append(after)
         self.versions[cut.place, len(self.stretches) - 1] = features

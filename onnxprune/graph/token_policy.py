@@ -24,7 +24,7 @@ class Stretch:
     of those. ``sizes`` float [B, count]: how many tokens each stands for, 0 for padding; None if all are one. ``weights``: the same for
     means over tokens, where it always sums to the number of all. ``packaged``: the last one is a package. ``fixed``: int64 [count], the
     same as ``index`` where all samples keep the same tokens. ``moves``: where tokens of the stretch before are now, int64 [B, count
-    before], if that is not told by ``index``.
+    before], if that is not told by ``index``. ``staying``: then those of the first set that joined none of the second, int64 [B, S].
     """
 
     count: str
@@ -34,6 +34,7 @@ class Stretch:
     packaged: bool = False
     fixed: np.ndarray | None = None
     moves: str | None = None
+    staying: str | None = None
 
 
 def kept_of(share: float, tokens: int) -> int:
@@ -186,7 +187,7 @@ class Choice:
         merged = e.op("Div", e.slice(result, 2, zero, e.int64([-1])), mass)
         weights = sizes if before.weights == before.sizes else self._weights(sizes)
         moves = self._merged(order, e.squeeze(targets, 2), e.op("Sub", first_set, leaving), e.op("Div", total, two))
-        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, weights, moves=moves)
+        return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, weights, moves=moves, staying=staying)
 
     def _merged(self, order: str, targets: str, stay: str, second: str) -> str:
         """Where tokens are after a merge, int64 [B, all that were there].

@@ -48,8 +48,11 @@ def install(model: Model, changes: Changes) -> Model:
     return replace_constants(model, {(index_of[node], slot): array for (node, slot), array in changes.items()}, "~refit")
 
 
-def execute(anatomy: Anatomy, plan: Plan) -> Model:
+def execute(anatomy: Anatomy, plan: Plan, *, traced: bool = False) -> Model:
     """The model a plan describes: sliced, compensated, finished, stamped.
+
+    Args:
+        traced: with further outputs that tell which tokens stay where (:mod:`onnxprune.graph.token_trace`).
 
     Raises:
         InputError: the plan does not fit this model.
@@ -61,7 +64,7 @@ def execute(anatomy: Anatomy, plan: Plan) -> Model:
             raise InputError(f"the plan expects {count} units at {site}, the model has {found}; it was made for another file")
     kept = {site: np.array(indices, np.int64) for site, indices in plan.kept.items()}
     model = install(slice_model(anatomy, kept), plan.changes)
-    model = model if plan.tokens is None else cut_tokens(model, plan.tokens)
+    model = model if plan.tokens is None else cut_tokens(model, plan.tokens, traced=traced)
     model = finish(model, plan.rewrites, plan.int8)
     return _stamp(model, plan)
 

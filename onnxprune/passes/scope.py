@@ -52,6 +52,7 @@ class Settings:
     token_policy: TokenPolicy = "auto"
     protect_classes: bool = False
     hidden_keep: float = 0.75
+    tokenizer: Path | None = None
 
     def may_time(self, model: Model) -> bool:
         """Whether whole sessions of ``model`` may be open side by side: not of a large one, unless milliseconds are what was asked for."""

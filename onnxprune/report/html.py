@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxprune.errors import InputError
 from onnxprune.graph.model import atomic_file
-from onnxprune.report import figures, numbers, story
+from onnxprune.report import figures, numbers, story, token_pictures
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -52,6 +52,7 @@ def render(record: Mapping[str, Any]) -> str:
         sensitivity=figures.sensitivity(known) if known.get("groups") else None,
         divergence=story.divergence(record),
         command=shlex.join(record["command"]),
+        tokens=token_pictures.tokens(record),
         numbers=numbers,
         variants=(benchmark or {}).get("variants", {}),
     )

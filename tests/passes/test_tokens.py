@@ -70,11 +70,18 @@ def test_tokens_leave_a_real_model_within_the_drop_and_the_plan_gives_the_same_b
         max_drop="5%",
         calib=SAMPLE / "calib.npz",
         output=tmp_path / "out.onnx",
+        run_dir=tmp_path / "run",
         samples=32,
         finishing=False,
         bench_seconds=0,
     )
     assert result.plan.tokens is not None
+    samples = result.record["tokens"]["samples"]
+    for sample in samples:
+        for number, cut in enumerate(result.plan.tokens.cuts):
+            assert sum(left > number for left in sample["stayed"]) >= 1 + np.ceil(cut.share * 49 - 1e-4)
+        assert (sample["picture"]["rows"], sample["picture"]["columns"], sample["picture"]["others"]) == (7, 7, 1)
+    assert (tmp_path / "run" / "report.html").read_text().count("data:image/png;base64,") == len(samples) == 6
     assert result.plan.tokens.cuts
     result.plan.save(tmp_path / "plan.json")
     onnxprune.apply(model, tmp_path / "plan.json", output=tmp_path / "again.onnx")

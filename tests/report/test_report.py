@@ -96,7 +96,7 @@ def test_a_dry_run_is_what_its_schema_says(tmp_path: Path) -> None:
 class Page(HTMLParser):
     """Tags that are opened and closed, text, and every address."""
 
-    EMPTY = frozenset({"meta", "br", "line", "rect", "circle", "path"})
+    EMPTY = frozenset({"meta", "br", "line", "rect", "circle", "path", "image", "use"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -278,6 +278,42 @@ def test_the_drawing_of_latencies_keeps_their_ratios(record: Record) -> None:
     assert first["width"] / third["width"] == pytest.approx(4)
     assert second["width"] / third["width"] == pytest.approx(3)
     assert all(bar["low"] <= bar["width"] <= bar["high"] for bar in (first, second, third))
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------------------
+
+
+def with_tokens(record: Record, *samples: Record) -> Record:
+    cuts = [{"place": f"p{block}", "softmax": f"s{block}", "share": 0.5, "block": block} for block in (1, 4)]
+    known = {"chosen": {"policy": "drop", "cuts": cuts}, "schedules": [], "samples": list(samples)}
+    changed = {**record, "tokens": known}
+    validator("run").validate(changed)
+    return changed
+
+
+def test_tokens_that_leave_are_drawn_and_the_report_still_stands_alone(record: Record) -> None:
+    image = {"stayed": [2, 0, 1, 2, 2], "picture": {"rows": 2, "columns": 2, "others": 1, "png": "iVBORw0KGgo="}}
+    text = {"stayed": [2, 0, 1, None], "ids": [5, 6, 7, 0], "words": ["<b>bold</b>", "is", "##land", None]}
+    changed = with_tokens(record, image, text)
+    html = render(changed)
+    assert html == render(changed)
+    page = Page(html)
+    assert page.open == []
+    assert page.addresses == ["data:image/png;base64,iVBORw0KGgo=", "#token-sample-1", "#token-sample-1"]
+    assert "<b>bold</b>" not in html
+    words = " ".join(page.words)
+    assert "<b>bold</b>" in words
+    assert "behind attention 4" in words
+    assert "stays to the end" in words
+
+
+def test_tokens_without_samples_or_tokenizer_are_shown_as_far_as_known(record: Record) -> None:
+    assert "Which tokens stay" not in words_of(record)
+    bare = words_of(with_tokens(record))
+    assert "Which tokens stay" in bare
+    assert "held-back samples below" not in bare
+    assert "#5 #6" in words_of(with_tokens(record, {"stayed": [2, 2], "ids": [5, 6]}))
+    assert "4 to 6" in words_of(with_tokens(record, {"stayed": [2] * 4}, {"stayed": [2] * 6}))
 
 
 # --- int8 and finishing ------------------------------------------------------------------------------------------------------------
