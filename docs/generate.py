@@ -17,6 +17,7 @@ FAMILIES = {
     "5": "Vocabulary",
     "6": "Experts and hidden width",
     "7": "Tokens",
+    "8": "Sublayers",
     "9": "Polish",
 }
 

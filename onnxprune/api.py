@@ -20,6 +20,7 @@ from onnxprune.graph.canonical import canonicalise, check_prunable
 from onnxprune.graph.depth import with_depths
 from onnxprune.graph.explain import explain
 from onnxprune.graph.hidden import Narrowing, narrow
+from onnxprune.graph.layers import find_sublayers, substitute
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.profile import feeds_of_shapes, shapes_of, take_profile
@@ -27,13 +28,14 @@ from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
 from onnxprune.graph.stream import find_streams
 from onnxprune.graph.turning import turned
+from onnxprune.graph.view import GraphView
 from onnxprune.graph.vocabulary import cut_vocabulary
 from onnxprune.options import parse_share, settings
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish, shipped
 from onnxprune.passes.decision import HELD_BACK, split
-from onnxprune.passes.manager import decide
 from onnxprune.passes.scope import Settings, Study, understand
+from onnxprune.passes.shallow import decide_depth
 from onnxprune.passes.workbench import Progress
 from onnxprune.proof import final_name, losses, missed, over_limit, prove, save, steps_to
 from onnxprune.record import TOO_LARGE, leave, model_facts, new_record, skip
@@ -142,7 +144,7 @@ def prune(
     inputs = input_files(given, calib, keep_ids=chosen.keep_ids)
     target_file = model_output(output, inputs) if output is not None and not dry_run else None
     folder = run_output(run_dir, inputs) if run_dir is not None else None
-    decision = decide(*prepared(given, calib, chosen), chosen, progress)
+    decision = decide_depth(*prepared(given, calib, chosen), chosen, progress)
     record = new_record(decision, chosen, started, command)
     if dry_run or (decision.already_met and not write_unpruned and not decision.study.smaller):
         leave(folder, decision, record)
@@ -216,6 +218,9 @@ def apply(
     if decided.streams:
         narrowings = [Narrowing(name, basis) for name, basis in decided.streams.items()]
         canonical, profile = narrow(canonical, profile, narrowings, feeds_of_shapes(given, decided.example))
+    if decided.layers:
+        canonical = substitute(canonical, find_sublayers(GraphView(canonical), profile), decided.layers)
+        profile = take_profile(canonical, feeds_of_shapes(given, decided.example))
     anatomy = study(canonical, profile)
     if decided.bases:
         anatomy = turned(with_depths(anatomy, {name.rsplit(".", 1)[1] for name in decided.bases}), decided.bases)

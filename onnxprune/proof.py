@@ -68,9 +68,10 @@ def _same(decision: Decision, rows: CalibrationData, chosen: Settings) -> None:
 
 
 def final_name(decision: Decision) -> str:
-    """What the benchmark calls the model that is shipped: "pruned + tokens + int8", "narrow", "fewer words", "finished copy"."""
+    """What the benchmark calls the model that is shipped: "pruned + tokens + int8", "narrow", "shallow", "fewer words", "finished copy"."""
     parts = ["pruned"] if any(decision.plan.removed.values()) else []
     parts += ["narrow"] if decision.plan.streams else []
+    parts += ["shallow"] if decision.plan.layers else []
     parts += ["tokens"] if decision.plan.tokens is not None else []
     parts += [name for name in decision.plan.rewrites if name not in exact(decision.plan.rewrites)]
     return " + ".join(parts) or ("fewer words" if decision.plan.vocabularies else "finished copy")

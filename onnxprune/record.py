@@ -98,6 +98,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             "tables": [covered.as_dict() for covered in decision.study.words.coverage],
         },
         "hidden": decision.study.streams.as_dict() if decision.study.streams else [],
+        "layers": decision.study.shallow.as_dict() if decision.study.shallow else [],
         "polish": decision.polished.as_dict() if decision.polished else None,
         "tokens": {
             "chosen": None if decision.plan.tokens is None else decision.plan.tokens.as_dict(),

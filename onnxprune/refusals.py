@@ -316,6 +316,21 @@ CODES: dict[str, Code] = {
             "leave tokens out; longer texts and larger images gain more",
         ),
         Code(
+            "OP801",
+            "no sublayer can be replaced",
+            "A sublayer reads one residual stream and nothing else, writes no output of the graph, holds constant matrices, and is added "
+            "to that stream row by row. Networks without such branches, or whose branches are all protected, keep their depth.",
+            "no sublayer can be replaced: no branch reads one residual stream and is added to it",
+            "leave layers out; heads and ffn need no residual stream",
+        ),
+        Code(
+            "OP802",
+            "too large to try without its sublayers",
+            "A model above 1.5 GiB is read from disk piece by piece: every sublayer and substitute would take a pass over all of it.",
+            "the model is too large to try it without each of its sublayers",
+            "leave layers out and use heads, ffn and int8",
+        ),
+        Code(
             "OP901",
             "too large to train",
             "A model above 1.5 GiB is read from disk piece by piece. An optimiser would need all its weights three times over.",

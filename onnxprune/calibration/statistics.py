@@ -117,41 +117,57 @@ class Statistics:
         return statistics
 
 
-_BLOCK_ROWS = 2048
+_BLOCK_ROWS, _BLOCK_VALUES = 2048, 2**21
+"""Most rows, and most numbers, that wait to be multiplied."""
+
+_PANEL = 512
 
 
 class SecondMoment:
-    """x'x and the sum of rows x [1, width], in float64: one float32 product for every 2,048 rows."""
+    """x'x and the sum of rows x [1, width], in float64: one float32 product for every 2,048 rows, or fewer where they are wide.
+
+    Of x'x only panels of rows up to the diagonal are computed and kept: the sums for all wide matrices of a model are in memory at once.
+    """
 
     def __init__(self, width: int) -> None:
-        self.sum = np.zeros((width, width))
+        ends = [min(start + _PANEL, width) for start in range(0, width, _PANEL)]
+        self._panels = [np.zeros((end - start, end)) for start, end in zip(range(0, width, _PANEL), ends, strict=True)]
         self.total = np.zeros(width)
         self.rows = 0
+        self._block = max(min(_BLOCK_ROWS, _BLOCK_VALUES // max(width, 1)), 1)
         self._waiting: list[np.ndarray] = []
 
     def add(self, rows: np.ndarray) -> None:
         """Add rows [rows, width]."""
         self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= _BLOCK_ROWS:
+        if sum(map(len, self._waiting)) >= self._block:
             self.flush()
 
     def flush(self) -> None:
-        """Bring the sum up to date with every row added."""
+        """Bring the sums up to date with every row added."""
         if self._waiting:
             block = np.concatenate(self._waiting)
             self._waiting.clear()
-            self.sum += block.T @ block
+            for panel in self._panels:
+                height, end = panel.shape
+                panel += block[:, end - height : end].T @ block[:, :end]
             self.total += block.sum(axis=0, dtype=np.float64)
             self.rows += len(block)
 
     @property
     def mean(self) -> np.ndarray:
-        """x'x per row."""
+        """x'x per row, [width, width]."""
         self.flush()
-        return self.sum / max(self.rows, 1)
+        result = np.empty((len(self.total), len(self.total)))
+        for panel in self._panels:
+            height, end = panel.shape
+            np.divide(panel, max(self.rows, 1), out=result[end - height : end, :end])
+            result[: end - height, end - height : end] = result[end - height : end, : end - height].T
+        return result
 
     @property
     def covariance(self) -> np.ndarray:
         """x'x per row of rows less their mean."""
-        mean = self.mean
-        return mean - np.outer(self.total, self.total) / max(self.rows, 1) ** 2
+        result = self.mean
+        result -= np.outer(self.total / max(self.rows, 1), self.total / max(self.rows, 1))
+        return result

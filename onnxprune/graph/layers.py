@@ -52,6 +52,13 @@ class Substitute:
     factors: tuple[np.ndarray, ...] = ()
     bias: np.ndarray | None = None
 
+    def describe(self) -> str:
+        """In words: ``nothing``, ``a constant``, ``a matrix of 384 x 384``."""
+        if not self.factors:
+            return "nothing" if self.bias is None else "a constant"
+        kind = "a matrix" if len(self.factors) == 1 else "matrices"
+        return f"{kind} of {' and '.join(f'{factor.shape[0]} x {factor.shape[1]}' for factor in self.factors)}"
+
 
 def find_sublayers(view: GraphView, profile: Profile) -> tuple[Sublayer, ...]:
     """All sublayers in graph order.

@@ -70,12 +70,12 @@ class RewritePass:
 class WholePass:
     """Decides about the model as a whole; what it decides stands in the plan, and ``passes.scope`` and the search know it by ``kind``.
 
-    Words and hidden directions go before anything else is decided, so that the rest of the run sees the smaller model. Tokens and integers
-    share the target with widths, and polish trains what the search found.
+    Words and hidden directions go before anything else is decided, so that the rest of the run sees the smaller model; sublayers do, if
+    what comes of it is better. Tokens and integers share the target with widths, and polish trains what the search found.
     """
 
     name: str
-    kind: Literal["words", "hidden", "tokens", "integers", "polish"]
+    kind: Literal["words", "hidden", "layers", "tokens", "integers", "polish"]
     summary: str
     detail: str
     needs: tuple[Literal["calibration", "gradients"], ...] = ("calibration",)
@@ -97,12 +97,13 @@ def registry() -> Mapping[str, Pass]:
     from onnxprune.passes.finish import CLEAN, FUSABLE_GELU, FUSE_ATTENTION, RESIDUAL_SUM
     from onnxprune.passes.heads import HEADS
     from onnxprune.passes.hidden import HIDDEN
+    from onnxprune.passes.layers import LAYERS
     from onnxprune.passes.numbers import FP16, INT4, INT8
     from onnxprune.passes.polish import POLISH
     from onnxprune.passes.tokens import TOKENS
     from onnxprune.passes.vocab import VOCAB
 
-    removing = (HEADS, FFN, CHANNELS, QK, VO, TOKENS, VOCAB, HIDDEN)
+    removing = (HEADS, FFN, CHANNELS, QK, VO, LAYERS, TOKENS, VOCAB, HIDDEN)
     built_in = (*removing, POLISH, INT8, INT4, FP16, CLEAN, RESIDUAL_SUM, FUSABLE_GELU, FUSE_ATTENTION)
     found: dict[str, Pass] = {item.name: item for item in built_in}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):

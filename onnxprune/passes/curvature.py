@@ -70,9 +70,10 @@ def curvature_scores(
             if name in gradients:
                 metric = _root(gradients[name].mean * (gradients[name].rows / samples))
                 matrix = reader.matrix(weight).astype(np.float64) @ metric
+                moment = inputs.pop(name)
                 # A bias follows the mean of what goes.
-                moment = inputs[name].mean if reader.branch.bias is None else inputs[name].covariance
-                scores[name] = eliminate(moment, matrix, reader.units(), len(kept[name]), RIDGE).saliency
+                gram = moment.mean if reader.branch.bias is None else moment.covariance
+                scores[name] = eliminate(gram, matrix, reader.units(), len(kept[name]), RIDGE).saliency
     return scores
 
 

@@ -97,6 +97,7 @@ def write_plan(
         changes=student.changes,
         bases=study.bases,
         streams={item.stream: item.basis for item in study.streams.narrowings} if study.streams else {},
+        layers=study.shallow.substitutes if study.shallow else {},
     )
 
 

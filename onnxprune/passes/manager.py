@@ -39,6 +39,9 @@ from onnxprune.verification import Comparison, Yardstick, compare
 
 log = logging.getLogger(__name__)
 
+MOST_DROP = 0.01
+"""What may be lost where neither a target nor a limit was given."""
+
 _JUDGES = 256
 _TRIAL_SHARE = 0.8
 _SENSITIVE_SHARES = (0.0, 0.125, 0.25, 0.5)
@@ -52,8 +55,8 @@ def decide(study_: Study, data: CalibrationData, settings: Settings, progress: P
     """
     if settings.protect_classes and not study_.sites:
         raise InputError("--protect-classes chooses which units go, but no pass that removes units runs: name heads, ffn or channels")
-    if not (study_.sites or study_.integers or study_.tokens or study_.smaller or settings.target.auto):
-        known = "name heads, ffn, channels, tokens, vocab, hidden or int8 as well"
+    if not (study_.sites or study_.integers or study_.tokens or study_.smaller or study_.layers or settings.target.auto):
+        known = "name heads, ffn, channels, layers, tokens, vocab, hidden or int8 as well"
         raise InputError(f"--passes {','.join(settings.passes)} removes nothing and cannot reach a target: {known}")
     return next(_Search(study_, data, settings, progress).run([settings.target]))
 
@@ -72,6 +75,8 @@ def decide_nested(
     """
     if not study_.sites:
         raise InputError(f"--passes {','.join(settings.passes)} removes no units, so there is nothing to nest: name heads, ffn or channels")
+    if study_.layers:
+        raise InputError("layers is decided anew for every target, so that nothing nests: leave it out of --passes")
     yield from _Search(study_, data, settings, progress).run(targets)
 
 
@@ -400,7 +405,7 @@ class _Search:
 
     @property
     def _limit(self) -> float:
-        return self.settings.max_drop if self.settings.max_drop is not None else 0.01
+        return self.settings.max_drop if self.settings.max_drop is not None else MOST_DROP
 
     def judge(self, student: Student, rows: CalibrationData, schedule: Schedule | None = None) -> Comparison:
         settings = self.settings

@@ -22,6 +22,7 @@ from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.passes.base import RewritePass, WholePass, WidthPass, ordered, select
 from onnxprune.passes.hidden import Narrowed, narrow_streams
 from onnxprune.passes.int8 import Int8Choice
+from onnxprune.passes.layers import Shallow
 from onnxprune.passes.tokens import TokenPolicy
 from onnxprune.passes.vocab import Reduction, choose_vocabularies
 from onnxprune.passes.workbench import Recipe
@@ -63,9 +64,10 @@ class Settings:
 class Study:
     """The model understood: canonical graph, sites in the scope of the passes, refusals.
 
-    ``rewrites`` are the passes asked for that change the finished graph, ``integers``, ``tokens`` and ``polish`` whether these are.
-    ``words`` says which rows of word tables went, ``streams`` how residual streams became narrower, and ``whole`` is the canonical graph
-    before that. ``bases`` are turns inside heads that ``anatomy`` has taken, none before the search has looked at data.
+    ``rewrites`` are the passes asked for that change the finished graph, ``integers``, ``tokens``, ``polish`` and ``layers`` whether these
+    are. ``words`` says which rows of word tables went, ``streams`` how residual streams became narrower, ``shallow`` what sublayers were
+    replaced by, and ``whole`` is the canonical graph before all that. ``bases`` are turns inside heads that ``anatomy`` has taken, none
+    before the search has looked at data.
     """
 
     given: Model
@@ -80,11 +82,13 @@ class Study:
     tokens: bool = False
     streams: Narrowed | None = None
     polish: bool = False
+    layers: bool = False
+    shallow: Shallow | None = None
 
     @property
     def smaller(self) -> bool:
         """Whether the model has lost something before the search began."""
-        return bool(self.words.vocabularies or (self.streams and self.streams.narrowings))
+        return bool(self.words.vocabularies or (self.streams and self.streams.narrowings) or self.shallow)
 
 
 def understand(
@@ -120,7 +124,7 @@ def understand(
     whole, words = canonical, Reduction()
     if "words" in asked:
         words = choose_vocabularies(whole, corpus, settings.keep_ids, settings.vocab_map)
-        if not words.vocabularies and not widths and not integers and not tokens and not rewrites:
+        if not (words.vocabularies or widths or rewrites or asked & {"integers", "tokens", "layers"}):
             raise NothingPrunable("\n  ".join(["nothing to prune for vocab:", *map(str, words.refusals)]))
         canonical = cut_vocabulary(whole, words.vocabularies)
         profile = take_profile(canonical, samples) if words.vocabularies else profile
@@ -132,7 +136,7 @@ def understand(
             raise InputError("hidden chooses its directions by data: give real data with --calib")
         objective = choose_objective(anatomy, settings.output, data.labels, settings.purpose)
         streams = narrow_streams(canonical, profile, data, objective, settings.hidden_keep, settings.runtime, samples)
-        if not streams.narrowings and not (words.vocabularies or widths or integers or tokens or rewrites):
+        if not (streams.narrowings or words.vocabularies or widths or rewrites or asked & {"integers", "tokens", "layers"}):
             raise NothingPrunable("\n  ".join(["nothing to prune for hidden:", *map(str, streams.refusals)]))
         anatomy = study(streams.model, streams.profile) if streams.narrowings else anatomy
     if kinds & set(DEPTHS):
@@ -149,8 +153,30 @@ def understand(
     if widths and not sites:
         raise NothingPrunable(_nothing(given, anatomy, kinds, refusals))
     return Study(
-        given, anatomy, tuple(sites), rewrites, integers, refusals, whole, words, tokens=tokens, streams=streams, polish="polish" in asked
+        given,
+        anatomy,
+        tuple(sites),
+        rewrites,
+        integers,
+        refusals,
+        whole,
+        words,
+        tokens=tokens,
+        streams=streams,
+        polish="polish" in asked,
+        layers="layers" in asked,
     )
+
+
+def of_shallow(study_: Study, shallow: Shallow) -> Study:
+    """The study of the same model with fewer sublayers; what was out of the scope stays out of it."""
+    kinds = {site.kind for site in study_.sites}
+    anatomy = study(shallow.model, shallow.profile)
+    if kinds & set(DEPTHS):
+        anatomy = with_depths(anatomy, kinds)
+    inside = {(site.kind, site.consumers[0].leaf.node.name) for site in study_.sites}
+    sites = tuple(site for site in anatomy.sites if (site.kind, site.consumers[0].leaf.node.name) in inside)
+    return replace(study_, anatomy=anatomy, sites=sites, shallow=shallow)
 
 
 def leading_to(study_: Study, objective: Objective) -> Study:

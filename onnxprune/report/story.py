@@ -98,7 +98,7 @@ def verdict(record: Record) -> Verdict:
             "Gate failed",
             f"{gate['name']} is {percent(gate['value'], 2)}, more than {percent(gate['limit'], 2)}; the model was {state}.",
         )
-    if target["already_met"] and not (record.get("vocabulary") or {}).get("tables") and not record.get("hidden"):
+    if target["already_met"] and not ((record.get("vocabulary") or {}).get("tables") or record.get("hidden") or record.get("layers")):
         return Verdict("plain", "Already met", _met(record))
     if "verification" not in record:
         return Verdict("plain", "Plan only", f"Predicted {cost(target['predicted'], target['unit'])}; nothing was applied.")
@@ -234,6 +234,9 @@ def group_state(group: Record, known: Record) -> str:
 _DIRECTIONS = (("qk", "directions of queries and keys"), ("vo", "directions of values"))
 
 
+_BY = {"nothing": "nothing", "constant": "a constant", "thin map": "two thin matrices", "map": "a matrix"}
+
+
 def kept(record: Record) -> str:
     """What stays: units by kind, and products by numbers; empty if neither was decided."""
     words = []
@@ -246,6 +249,9 @@ def kept(record: Record) -> str:
         fewer = ", ".join(f"{cache['input']} {cache['kept']} of {cache['units']}" for cache in caches[:_NAMED])
         words.append(f"caches hold fewer heads: {fewer}{f' and {len(caches) - _NAMED} more' if len(caches) > _NAMED else ''}")
     words += [f"{item['after']:,} of {item['before']:,} directions of the residual stream kept" for item in record.get("hidden", ())]
+    if replaced := record.get("layers"):
+        told = ", ".join(f"{item['sublayer']} by {_BY[item['by']]}" for item in replaced[:_NAMED])
+        words.append(f"{len(replaced)} sublayers replaced: {told}{f' and {len(replaced) - _NAMED} more' if len(replaced) > _NAMED else ''}")
     for table in (record.get("vocabulary") or {}).get("tables", ()):
         lost = "" if table["unseen"] is None else f", {percent(table['unseen'])} of the tokens of new text will read a stand-in"
         words.append(f"{table['kept']:,} of {table['rows']:,} word rows kept ({size(table['saved_bytes'])} less{lost})")

@@ -15,14 +15,15 @@ import numpy as np
 from onnxprune.calibration.npz import read_npz
 from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.caches import CacheCut
+from onnxprune.graph.layers import Substitute
 from onnxprune.graph.model import atomic_file
 from onnxprune.graph.token_plan import TokenPlan
 from onnxprune.graph.vocabulary import VocabMap, Vocabulary
 from onnxprune.quantize.form import Int8Form
 
 SCHEMA = "onnxprune.plan/1"
-_FACTORS, _INTEGERS, _READS, _BASIS, _STREAM = "factors", "integers", "reads", "basis", "stream"
-_KINDS = (_FACTORS, _INTEGERS, _READS, _BASIS, _STREAM)
+_FACTORS, _INTEGERS, _READS, _BASIS, _STREAM, _MAP, _CONSTANT = "factors", "integers", "reads", "basis", "stream", "map", "constant"
+_KINDS = (_FACTORS, _INTEGERS, _READS, _BASIS, _STREAM, _MAP, _CONSTANT)
 Changes = Mapping[tuple[str, int], np.ndarray]
 
 
@@ -35,10 +36,9 @@ class Plan:
     does); ``vocabularies`` the rows that stay in tables of words, and ``vocab_map`` who maps ids to them;
     ``tokens`` which tokens leave where (None: none); ``example`` the shapes of inputs
     the model is known to run on; ``changes`` the compensated constants by (node name, input slot); ``bases`` the turns inside attention
-    heads, of which ``kept`` counts the directions, by site; ``streams`` the bases of narrow residual streams, [width before, width after].
-    These, the smoothing factors and
-    rounded weights of ``int8`` and the rows that ids read are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash
-    in it.
+    heads, of which ``kept`` counts the directions, by site; ``streams`` the bases of narrow residual streams, [width before, width after];
+    ``layers`` what stands in for sublayers, by name, in the order in which they went. These, the smoothing factors and rounded weights of
+    ``int8`` and the rows that ids read are stored beside the JSON file as ``<name>.weights.npz`` and covered by a hash in it.
     """
 
     version: str
@@ -61,6 +61,7 @@ class Plan:
     changes: Changes = field(default_factory=dict, compare=False, repr=False)
     bases: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
     streams: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    layers: Mapping[str, Substitute] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def removed(self) -> dict[str, int]:
@@ -82,6 +83,7 @@ class Plan:
         if self.tokens is not None and self.tokens.cuts:
             lines.append(f"tokens ({self.tokens.policy}): {self.tokens.describe()}")
         lines += [f"{name}: {basis.shape[1]:,} of {basis.shape[0]:,} directions stay" for name, basis in self.streams.items()]
+        lines += [f"{name}: replaced by {stand_in.describe()}" for name, stand_in in self.layers.items()]
         if self.int8 is not None:
             tables = f" and {len(self.int8.tables)} embedding tables" if self.int8.tables else ""
             lines.append(f"{len(self.int8.products)} products{tables} in int8: {self.int8.describe()}")
@@ -96,6 +98,7 @@ class Plan:
         content["caches"] = {name: asdict(cut) for name, cut in self.caches.items()}
         content["int8"] = None if self.int8 is None else self.int8.as_dict()
         content["tokens"] = None if self.tokens is None else self.tokens.as_dict()
+        content["layers"] = {name: len(stand_in.factors) for name, stand_in in self.layers.items()}
         content["vocabularies"] = [
             {"inputs": list(words.inputs), "lookups": list(words.lookups), "rows": words.rows, "kept": len(words.kept)}
             for words in self.vocabularies
@@ -104,11 +107,14 @@ class Plan:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that is stored beside the JSON file: compensated constants, bases of heads and streams, smoothing factors, integers, ids."""
+        """All that is stored beside the JSON file: compensated constants, bases of heads and streams, maps, factors, integers, ids."""
         constants = {f"{node}:{slot}": array for (node, slot), array in self.changes.items()}
         constants |= {f"{number}:{_READS}": words.reads for number, words in enumerate(self.vocabularies)}
         constants |= {f"{site}:{_BASIS}": basis for site, basis in self.bases.items()}
         constants |= {f"{name}:{_STREAM}": basis for name, basis in self.streams.items()}
+        for name, stand_in in self.layers.items():
+            constants |= {f"{name}/{number}:{_MAP}": factor for number, factor in enumerate(stand_in.factors)}
+            constants |= {f"{name}:{_CONSTANT}": stand_in.bias} if stand_in.bias is not None else {}
         if self.int8 is None:
             return constants
         factors = {f"{tensor}:{_FACTORS}": array for tensor, array in self.int8.factors.items()}
@@ -230,6 +236,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
                 "changes": constants,
                 "bases": named[_BASIS],
                 "streams": named[_STREAM],
+                "layers": {
+                    name: Substitute(tuple(named[_MAP][f"{name}/{number}"] for number in range(factors)), named[_CONSTANT].get(name))
+                    for name, factors in content["layers"].items()
+                },
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -242,7 +252,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _read_arrays(path: Path) -> tuple[dict[tuple[str, int], np.ndarray], dict[str, dict[str, np.ndarray]]]:
-    """Compensated constants by (node, slot); by kind factors by tensor, integers by node, rows of ids, bases by site and stream."""
+    """Compensated constants by (node, slot); by kind factors by tensor, integers by node, rows of ids, bases and maps."""
     if not path.is_file():
         raise InputError(f"the plan needs its weights: {path} is missing; copy it next to the plan")
     constants: dict[tuple[str, int], np.ndarray] = {}

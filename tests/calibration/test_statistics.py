@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxprune.calibration import Statistics
+from onnxprune.calibration.statistics import SecondMoment
 from onnxprune.errors import InputError
 
 
@@ -106,3 +107,15 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
         Statistics.load(path)
     with pytest.raises(InputError, match="statistics not found"):
         Statistics.load(tmp_path / "no.npz")
+
+
+@pytest.mark.parametrize("width", [1, 511, 512, 513, 1100])
+def test_a_second_moment_is_that_of_all_rows_however_they_came(width: int) -> None:
+    rows = np.random.default_rng(width).standard_normal((700, width)).astype(np.float32) + 1
+    moment = SecondMoment(width)
+    for part in np.array_split(rows, [1, 100, 650]):
+        moment.add(part)
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(moment.mean, exact.T @ exact / 700, atol=1e-4)
+    np.testing.assert_array_equal(moment.mean, moment.mean.T)
+    np.testing.assert_allclose(moment.covariance, np.cov(exact.T, bias=True).reshape(width, width), atol=1e-4)

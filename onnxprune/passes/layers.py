@@ -1,0 +1,207 @@
+"""``layers``: sublayers that a small map, a constant or nothing at all can stand in for.
+
+Depth is what trained methods learn gates for (WDPruning, Yu et al., AAAI 2022; UVC, Yu et al., ICLR 2022). Here every attention and every
+FFN is offered four substitutes fitted by least squares: nothing, the mean of what it should add, a linear map of what it reads (TOAST,
+Cannistraci et al., 2024), and the best map of low rank. Sublayers go one by one, the one first whose substitute changes the outputs least
+for what it saves; what later ones are fitted to is the dense model's stream, from the inputs that the shallower model gives them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import linalg
+
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.stream import stream
+from onnxprune.compensate.ridge import NormalEquations
+from onnxprune.errors import Refusal
+from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.instrument import with_outputs
+from onnxprune.graph.layers import Sublayer, Substitute, find_sublayers, substitute
+from onnxprune.graph.macs import count_macs
+from onnxprune.graph.model import Model
+from onnxprune.graph.profile import Profile, shapes_of, take_profile
+from onnxprune.passes.base import WholePass
+from onnxprune.runtime.session import Feeds, RuntimeOptions
+
+LAYERS = WholePass(
+    name="layers",
+    kind="layers",
+    summary="replace whole attentions and FFNs by nothing, a constant or a linear map",
+    detail=(
+        "Every sublayer is offered substitutes fitted by least squares on calibration rows: nothing, a constant, a matrix, two thin "
+        "matrices. Sublayers whose substitute changes the outputs least for the work it saves go first. Alone, as many go as the target "
+        "asks for; with other passes the result with fewer sublayers is kept where held-back rows prefer it to the one with all."
+    ),
+)
+
+COLLAPSE = 0.5
+"""Depth is not reduced beyond this divergence from the model as given, in nats, for vectors as 1 - cosine."""
+
+THIN = 4
+"""The map of low rank has this part of the stream's width as its rank."""
+
+_RIDGE = 1e-4
+_RUN_ROWS = 16
+_LOOK = 3
+"""How many sublayers are tried again after one went: the best by what was known before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """One sublayer and what stands in for it; ``error`` is the divergence from the model as given with it and all before it."""
+
+    sublayer: Sublayer
+    label: str
+    kind: str
+    substitute: Substitute
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Shallow:
+    """A model of fewer sublayers, its shapes, and what was replaced, in the order in which it went."""
+
+    model: Model
+    profile: Profile
+    replaced: tuple[Replaced, ...] = ()
+
+    @property
+    def error(self) -> float:
+        return self.replaced[-1].error if self.replaced else 0.0
+
+    @property
+    def substitutes(self) -> dict[str, Substitute]:
+        """By name of the sublayer."""
+        return {item.sublayer.name: item.substitute for item in self.replaced}
+
+    def as_dict(self) -> list[dict[str, object]]:
+        """What was replaced by what, and what the outputs had changed by then."""
+        return [{"sublayer": item.label, "by": item.kind, "divergence": item.error} for item in self.replaced]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What sublayers are judged with.
+
+    ``rows`` fit substitutes, ``error`` is the divergence of a model from the file as given, ``protected`` are patterns of site names.
+    """
+
+    rows: CalibrationData
+    error: Callable[[Model], float]
+    request: Feeds
+    options: RuntimeOptions
+    protected: Sequence[str] = ()
+    samples: Mapping[str, np.ndarray] | None = None
+    report: Callable[[int, int], None] = field(default=lambda done, total: None)
+
+
+def shallower_models(anatomy: Anatomy, bench: Bench) -> Iterator[Shallow] | Refusal:
+    """Models of one sublayer less, two less, and so on, each replacing what the one before does, while anything of the outputs is left.
+
+    Returns:
+        Models, each made when it is asked for, or why there is none (OP801, OP802).
+    """
+    model = anatomy.model
+    if model.paged:
+        return Refusal("OP802", "layers", "the model is too large to try it without each of its sublayers", "use heads, ffn and int8")
+    sublayers = find_sublayers(anatomy.view, anatomy.profile)
+    labels = {each.name: _label(each, anatomy) for each in sublayers}
+    open_ = [each for each in sublayers if not any(re.search(pattern, labels[each.name]) for pattern in bench.protected)]
+    if not open_:
+        found = (
+            "all of them are protected by --keep or --exclude" if sublayers else "no branch reads one residual stream and is added to it"
+        )
+        return Refusal(
+            "OP801", "layers", f"no sublayer can be replaced: {found}", "leave layers out; heads and ffn need no residual stream"
+        )
+    return _descent(model, anatomy, open_, sublayers, labels, bench)
+
+
+def _descent(
+    model: Model, anatomy: Anatomy, left: list[Sublayer], sublayers: tuple[Sublayer, ...], labels: Mapping[str, str], bench: Bench
+) -> Iterator[Shallow]:
+    """Always that sublayer next whose best substitute costs least divergence for the multiply-adds it saves."""
+    shapes = shapes_of(model, bench.request)
+    macs = count_macs(model, shapes)
+    nodes = anatomy.view.nodes
+    work = {each.name: sum(macs.get(nodes[index].name, 0) for index in each.nodes) for each in left}
+    rows = {each.name: int(np.prod(shapes[each.start][:-1])) for each in left}
+    price: dict[str, float] = dict.fromkeys(work, 0.0)
+    replaced: tuple[Replaced, ...] = ()
+    student, error, most = model, 0.0, len(left)
+    while left:
+        left.sort(key=lambda each: price[each.name])
+        offers = fitted(model, student, left[: _LOOK if replaced else None], bench.rows, bench.options)
+        best: tuple[float, Replaced] | None = None
+        for name, kinds in offers.items():
+            sublayer = next(each for each in left if each.name == name)
+            price[name] = np.inf
+            for kind, stand_in in kinds.items():
+                saved = work[name] - rows[name] * sum(factor.size for factor in stand_in.factors)
+                if saved <= 0:
+                    continue
+                chosen = {**{item.sublayer.name: item.substitute for item in replaced}, name: stand_in}
+                found = bench.error(substitute(model, sublayers, chosen))
+                price[name] = min(price[name], (found - error) / saved)
+                if best is None or (found - error) / saved < best[0]:
+                    best = ((found - error) / saved, Replaced(sublayer, labels[name], kind, stand_in, found))
+        if best is None or not best[1].error <= COLLAPSE:
+            return
+        replaced, error = (*replaced, best[1]), best[1].error
+        left.remove(best[1].sublayer)
+        student = substitute(model, sublayers, {item.sublayer.name: item.substitute for item in replaced})
+        bench.report(len(replaced), most)
+        yield Shallow(student, take_profile(student, bench.samples), replaced)
+
+
+def fitted(
+    teacher: Model, student: Model, sublayers: Sequence[Sublayer], data: CalibrationData, options: RuntimeOptions
+) -> dict[str, dict[str, Substitute]]:
+    """Substitutes by sublayer and kind, after which the student's stream is the teacher's as nearly as it can be; padding does not count.
+
+    Args:
+        teacher: the model with all sublayers.
+        student: the model with those replaced that went already.
+    """
+    sums = {each.name: NormalEquations(each.width, each.width) for each in sublayers}
+    made = tuple(dict.fromkeys(each.join.outputs[0] for each in sublayers))
+    read = tuple(dict.fromkeys(name for each in sublayers for name in (each.start, each.stream)))
+    runs = (
+        stream(with_outputs(model, names, keep=False), data, names, options=options, rows=_RUN_ROWS)
+        for model, names in ((teacher, made), (student, read))
+    )
+    for (batch, wanted), (_, given) in zip(*runs, strict=True):
+        for each in sublayers:
+            x, base = (given[name].reshape(-1, each.width) for name in (each.start, each.stream))
+            real = batch.real_rows(len(x))
+            sums[each.name].add(x[real], (wanted[each.join.outputs[0]].reshape(-1, each.width) - base)[real])
+    return {name: _substitutes(equations) for name, equations in sums.items()}
+
+
+def _substitutes(sums: NormalEquations) -> dict[str, Substitute]:
+    sums.flush()
+    width, rows = sums.cross.shape[1], sums.gram[-1, -1]
+    mean_x, mean_y = sums.gram[-1, :-1] / rows, sums.cross[-1] / rows
+    fit = sums.solve(_RIDGE)
+    # The outputs of a map of low rank lie in the directions in which those of the full map vary most.
+    centred = sums.gram[:-1, :-1] / rows - np.outer(mean_x, mean_x)
+    rank = max(width // THIN, 1)
+    _, axes = linalg.eigh(fit.weights.T @ centred @ fit.weights, subset_by_index=(width - rank, width - 1))
+    thin = (fit.weights @ axes, axes.T)
+    return {
+        "nothing": Substitute(),
+        "constant": Substitute(bias=mean_y),
+        "thin map": Substitute(thin, mean_y - mean_x @ thin[0] @ thin[1]),
+        "map": Substitute((fit.weights,), fit.bias),
+    }
+
+
+def _label(sublayer: Sublayer, anatomy: Anatomy) -> str:
+    """The name of the site inside, such as ``layer.3.ffn``."""
+    inside = (site.name for site in anatomy.sites if site.consumers[0].leaf.node.index in sublayer.nodes)
+    return next(inside, sublayer.name)

@@ -1,0 +1,180 @@
+"""The search, and around it the question of depth: how many sublayers go before widths, tokens and numbers are decided.
+
+Alone, depth goes as far as the target asks for. With other passes the search runs twice, with all sublayers and with fewer, and what loses
+less on the rows that judge is taken: whole sublayers are coarse, and where widths can do the same they lose more than widths do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import Objective, choose_objective
+from onnxprune.errors import NothingPrunable, Refusal, TargetError
+from onnxprune.passes.apply import finish
+from onnxprune.passes.base import finishing
+from onnxprune.passes.decision import Decision, split
+from onnxprune.passes.int8 import timed
+from onnxprune.passes.layers import COLLAPSE, Bench, Shallow, shallower_models
+from onnxprune.passes.manager import MOST_DROP, decide
+from onnxprune.passes.scope import Settings, Study, of_shallow
+from onnxprune.passes.workbench import Progress
+from onnxprune.request import examples, request_feeds
+from onnxprune.runtime.measure import clock_for, ratio, time_sessions
+from onnxprune.runtime.session import Feeds
+from onnxprune.verification import Yardstick, compare
+
+log = logging.getLogger(__name__)
+
+_FIT_ROWS = 256
+_JUDGES, _TRIED = 256, 128
+"""Rows that judge decisions, and those that judge every substitute."""
+
+_HALF = 0.5
+"""Of what may be lost, depth takes this part at most: the rest is for what follows."""
+
+
+def decide_depth(study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None = None) -> Decision:
+    """Find the plan, sublayers included.
+
+    Raises:
+        TargetError: the target is below what any choice reaches.
+        NothingPrunable: no sublayer can be replaced, and no other pass runs.
+    """
+    if not study_.layers:
+        return decide(study_, data, settings, progress)
+    around = _Around(study_, data, settings, progress)
+    models = around.models()
+    others = bool(study_.sites or study_.integers or study_.tokens)
+    if isinstance(models, Refusal):
+        if not (others or study_.rewrites or study_.smaller):
+            raise NothingPrunable(str(models))
+        return decide(replace(study_, refusals=(*study_.refusals, models)), data, settings, progress)
+    if settings.target.auto:
+        return around.search(around.within_limit(models))
+    return around.better_of_two(models) if others else around.deep_enough(models)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What decisions about depth need to know."""
+
+    study: Study
+    data: CalibrationData
+    settings: Settings
+    progress: Progress | None
+
+    @property
+    def objective(self) -> Objective:
+        return choose_objective(self.study.anatomy, self.settings.output, self.data.labels, self.settings.purpose)
+
+    @property
+    def request(self) -> Feeds:
+        return request_feeds(self.study.given, self.data, self.settings.input_shapes)
+
+    @property
+    def judges(self) -> CalibrationData:
+        return split(self.data, self.settings)[1].take(slice(0, _JUDGES))
+
+    def yardstick(self, rows: int = _JUDGES) -> Yardstick:
+        return Yardstick(self.study.given, self.judges.take(slice(0, rows)), self.objective, self.settings.runtime)
+
+    def models(self) -> Iterator[Shallow] | Refusal:
+        """Ever shallower models, each made when it is asked for."""
+        tell = self.progress or (lambda what, done, total: None)
+        bench = Bench(
+            split(self.data, self.settings)[0].take(slice(0, _FIT_ROWS)),
+            self.yardstick(_TRIED),
+            self.request,
+            self.settings.runtime,
+            (*self.settings.keep, *self.settings.exclude),
+            examples(self.data),
+            lambda done, total: tell("layers", done, total),
+        )
+        return shallower_models(self.study.anatomy, bench)
+
+    def search(self, shallow: Shallow | None) -> Decision:
+        """The decision about everything else."""
+        study_ = self.study if shallow is None else of_shallow(self.study, shallow)
+        if shallow is not None:
+            log.info("layers: without %s", ", ".join(item.label for item in shallow.replaced))
+        return decide(study_, self.data, self.settings, self.progress)
+
+    def within_limit(self, models: Iterator[Shallow]) -> Shallow | None:
+        """The shallowest model that loses half of what may be lost; the other half is for what follows."""
+        limit = _HALF * (MOST_DROP if self.settings.max_drop is None else self.settings.max_drop)
+
+        def fits(shallow: Shallow) -> bool:
+            options, seed = self.settings.runtime, self.settings.recipe.seed
+            return compare(self.study.given, shallow.model, self.judges, self.objective, options, seed).loss[1] <= limit
+
+        return _last(takewhile(fits, models))
+
+    def deep_enough(self, models: Iterator[Shallow]) -> Decision:
+        """The deepest model that meets the target; depth alone decides."""
+        try:
+            return self.search(None)
+        except TargetError as error:
+            failure = error
+        for shallow in models:
+            if self._promising(shallow):
+                try:
+                    return self.search(shallow)
+                except TargetError as error:
+                    failure = error
+        raise failure
+
+    def _promising(self, shallow: Shallow) -> bool:
+        """Whether a model is not far too slow for a share of the time."""
+        target, runtime = self.settings.target, self.settings.runtime
+        if target.quantity != "latency" or not target.relative:
+            return True
+        rewrites = finishing(runtime.short_provider) if self.settings.finishing else ()
+        models = {"given": self.study.given, "shallow": finish(shallow.model, rewrites)}
+        calls = {name: timed(model, self.request, runtime) for name, model in models.items()}
+        timings = time_sessions(calls, clock=clock_for(runtime), seed=self.settings.recipe.seed, rounds=21, max_seconds=5.0)
+        return ratio(timings, "shallow", "given").median <= target.absolute(1.0) * _NEARLY
+
+    def better_of_two(self, models: Iterator[Shallow]) -> Decision:
+        """The decision with all sublayers, or the one without those whose loss is within half of what the first one loses."""
+        yardstick = self.yardstick()
+        plain: Decision | None = None
+        allowed = COLLAPSE
+        failure: TargetError | None = None
+        try:
+            plain = self.search(None)
+        except TargetError as error:
+            failure = error
+        if plain is not None:
+            if plain.already_met:
+                return plain
+            lost = yardstick(plain.shipping.ship(plain.student))
+            allowed = _HALF * lost
+        chosen = _last(takewhile(lambda shallow: shallow.error <= allowed, models))
+        if chosen is not None:
+            try:
+                other = self.search(chosen)
+            except (TargetError, NothingPrunable) as error:
+                log.info("layers: %s", error)
+                failure = failure or (error if isinstance(error, TargetError) else None)
+            else:
+                if plain is None or yardstick(other.shipping.ship(other.student)) < lost:
+                    return other
+        if plain is None:
+            assert failure is not None
+            raise failure
+        return plain
+
+
+_NEARLY = 1.05
+"""What is slower than the target by less than this may be found fast enough when it is measured again."""
+
+
+def _last(models: Iterator[Shallow]) -> Shallow | None:
+    found = None
+    for found in models:  # noqa: B007
+        pass
+    return found
