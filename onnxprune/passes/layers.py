@@ -110,7 +110,7 @@ def shallower_models(anatomy: Anatomy, bench: Bench) -> Iterator[Shallow] | Refu
     if model.paged:
         return Refusal("OP802", "layers", "the model is too large to try it without each of its sublayers", "use heads, ffn and int8")
     sublayers = find_sublayers(anatomy.view, anatomy.profile)
-    labels = {each.name: _label(each, anatomy) for each in sublayers}
+    labels = {each.name: label(each, anatomy) for each in sublayers}
     open_ = [each for each in sublayers if not any(re.search(pattern, labels[each.name]) for pattern in bench.protected)]
     if not open_:
         found = (
@@ -201,7 +201,7 @@ def _substitutes(sums: NormalEquations) -> dict[str, Substitute]:
     }
 
 
-def _label(sublayer: Sublayer, anatomy: Anatomy) -> str:
+def label(sublayer: Sublayer, anatomy: Anatomy) -> str:
     """The name of the site inside, such as ``layer.3.ffn``."""
     inside = (site.name for site in anatomy.sites if site.consumers[0].leaf.node.index in sublayer.nodes)
     return next(inside, sublayer.name)
