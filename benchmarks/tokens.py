@@ -1,6 +1,7 @@
 """Fewer tokens: what every policy costs and gains on the tasks, and how fast it makes image transformers of full size.
 
-``--part tasks`` takes the schedules that the pass tries on a task. ``--part sizes`` times random networks of the size of ViT-S/16 and
+``--part tasks`` takes the schedules that the pass tries on a task; texts of a class are joined to 64 real tokens and more, and the request
+is the shortest of them. ``--part sizes`` times random networks of the size of ViT-S/16 and
 DINOv2-S/14 with seven tenths of the tokens kept behind three places.
 """
 
@@ -9,14 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.main_job import RESULTS
-from benchmarks.tasks import NAMES, Task, hits, task
+from benchmarks.tasks import NAMES, Rows, Task, outputs, task
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import choose_objective
 from onnxprune.calibration.source import load_calibration
@@ -25,7 +27,7 @@ from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.token_cut import cut_tokens, study_tokens
-from onnxprune.graph.token_plan import POLICIES, CannotCut, TokenCut, TokenPlan
+from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.int8 import timed
@@ -36,41 +38,80 @@ from onnxprune.verification import Yardstick
 
 OPTIONS = RuntimeOptions(threads=1)
 KEEP = 0.7
+JUDGES = {"vision": 512, "text": 128}
+LEAST = 64
+"""Real tokens of a joined text."""
 
 
-def of_task(chosen: Task) -> dict[str, Any]:
-    """Schedules of every policy that are neither slower nor worse than another one: divergence, accuracy, time."""
+def of_task(chosen: Task, policies: Sequence[Policy]) -> dict[str, Any]:
+    """Schedules of every policy that are neither slower nor worse than another one: divergence, accuracy, time.
+
+    Accuracy by labels, and ``same``: the share of test rows that the dense model answers alike.
+    """
+    if "attention_mask" in chosen.test:
+        chosen = replace(chosen, calib=joined(chosen.calib), test=joined(chosen.test))
     given = load(chosen.model_path)
-    data = load_calibration(chosen.calib_path, given)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(path := Path(folder) / "calib.npz", **chosen.calib)
+        data = load_calibration(path, given)
     model, profile = canonicalise(given)
     objective = choose_objective(study(model, profile), None, data.labels, None)
-    yardstick = Yardstick(given, data.take(slice(0, 512)), objective, OPTIONS)
+    yardstick = Yardstick(given, data.take(slice(0, JUDGES[chosen.name])), objective, OPTIONS)
     rewrites = finishing("cpu")
-    request = _longest(data)
-    result: dict[str, Any] = {"dense": _accuracy(given, chosen)}
-    for policy in POLICIES:
-        found = choose_schedules(model, rewrites, yardstick, data, request, OPTIONS, policy=policy)
+    request = _shortest(data)
+    dense = _answers(given, chosen)
+    result: dict[str, Any] = {"dense": float((dense == chosen.test["labels"]).mean()), "rows": len(dense), "tokens": _lengths(chosen)}
+    calibration = data.take(slice(JUDGES[chosen.name], None))
+    for policy in policies:
+        found = choose_schedules(model, rewrites, yardstick, calibration, request, OPTIONS, policy=policy)
         if isinstance(found, Refusal):
             result[policy] = str(found)
             continue
         rows = []
         for schedule in found:
-            accuracy = _accuracy(finish(cut_tokens(model, schedule.plan), rewrites), chosen)
-            rows.append({**schedule.as_dict(), "accuracy": accuracy})
-            print(policy, f"{1 / schedule.share:.2f}x", f"{schedule.error:.2g}", accuracy, flush=True)
+            answers = _answers(finish(cut_tokens(model, schedule.plan), rewrites), chosen)
+            found_ = {"accuracy": float((answers == chosen.test["labels"]).mean()), "same": float((answers == dense).mean())}
+            rows.append({**schedule.as_dict(), **found_})
+            print(policy, schedule.plan.score, f"{1 / schedule.share:.2f}x", f"{schedule.error:.2g}", found_, flush=True)
         result[policy] = rows
     return result
 
 
-def _longest(data: CalibrationData) -> dict[str, np.ndarray]:
-    """The row with the most real tokens: leaving out padding is no achievement."""
-    row = 0 if data.token_mask is None else int(data.token_mask.sum(axis=1).argmax())
-    return {name: array[row : row + 1] for name, array in data.inputs.items()}
+def joined(rows: Rows) -> Rows:
+    """Texts of one class behind each other, each with its separator, until there are :data:`LEAST` real tokens. The rest goes."""
+    texts: list[list[int]] = []
+    labels: list[int] = []
+    for label in np.unique(rows["labels"]):
+        parts: list[int] = []
+        for row in np.flatnonzero(rows["labels"] == label):
+            ids = rows["input_ids"][row][rows["attention_mask"][row] > 0].tolist()
+            parts += ids[1:] if parts else ids
+            if len(parts) >= LEAST:
+                texts.append(parts)
+                labels.append(int(label))
+                parts = []
+    order = np.random.default_rng(0).permutation(len(texts))
+    longest = max(map(len, texts))
+    ids = np.array([texts[row] + [0] * (longest - len(texts[row])) for row in order])
+    mask = np.arange(longest) < np.array([len(texts[row]) for row in order])[:, None]
+    return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "token_type_ids": 0 * ids, "labels": np.array(labels)[order]}
 
 
-def _accuracy(model: Model, chosen: Task) -> float:
+def _shortest(data: CalibrationData) -> Rows:
+    """The row with the fewest real tokens, and no padding: leaving that out is no achievement."""
+    row = 0 if data.token_mask is None else int(data.token_mask.sum(axis=1).argmin())
+    return dict(next(data.take([row]).batches(1, trim=True)).feeds)
+
+
+def _lengths(chosen: Task) -> list[int] | None:
+    """Real tokens of test rows, least and most."""
+    mask = chosen.test.get("attention_mask")
+    return None if mask is None else [int(mask.sum(axis=1).min()), int(mask.sum(axis=1).max())]
+
+
+def _answers(model: Model, chosen: Task) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
-        return float(hits(model.save(Path(folder) / "model.onnx"), chosen.test).mean())
+        return outputs(model.save(Path(folder) / "model.onnx"), chosen.test).argmax(1)
 
 
 def networks(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -126,9 +167,10 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder of ready-made models (default: the project's samples)")
     parser.add_argument("--task", choices=NAMES, default="vision")
     parser.add_argument("--part", choices=["tasks", "sizes"], default="tasks")
+    parser.add_argument("--policy", choices=POLICIES, action="append", help="only this policy of the tasks (repeatable)")
     args = parser.parse_args()
     name = f"tokens_{args.task}" if args.part == "tasks" else "tokens_sizes"
-    found = of_task(task(args.task, args.models)) if args.part == "tasks" else of_sizes()
+    found = of_task(task(args.task, args.models), args.policy or POLICIES) if args.part == "tasks" else of_sizes()
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

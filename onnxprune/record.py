@@ -101,7 +101,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
         "layers": decision.study.shallow.as_dict() if decision.study.shallow else [],
         "polish": decision.polished.as_dict() if decision.polished else None,
         "tokens": {
-            "chosen": None if decision.plan.tokens is None else decision.plan.tokens.as_dict(),
+            "chosen": None if decision.plan.tokens is None else decision.plan.tokens.summary(),
             "schedules": [schedule.as_dict() for schedule in decision.shipping.schedules],
             "samples": token_samples(decision, chosen),
         },

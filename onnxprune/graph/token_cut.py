@@ -147,8 +147,7 @@ class _Cutter:
         elif policy != "merge":
             if cut.softmax not in self.maps:
                 raise CannotCut(f"the attention {cut.softmax!r} is not in this model; the plan was made for another file")
-            weights = before.sizes or self.choice.real
-            scores = self.attention.received(self.maps[cut.softmax], self._sizes[0], before.count, weights)
+            scores = self._scores(cut, before)
             share = (self.left + cut.share) / 2 if policy == "drop-merge" else cut.share
             if cut.threshold is not None:
                 features, after = self.choice.select_above(features, scores, cut.threshold, before)
@@ -165,6 +164,14 @@ class _Cutter:
         self.left = cut.share
         self.stretches.append(after)
         self.versions[cut.place, len(self.stretches) - 1] = features
+
+    def _scores(self, cut: TokenCut, before: Stretch) -> str:
+        """Float [B, N], none negative."""
+        if not cut.predictor:
+            return self.attention.received(self.maps[cut.softmax], self._sizes[0], before.count, before.sizes or self.choice.real)
+        if len(cut.predictor) != self.profile.dim(cut.place, 2):
+            raise CannotCut(f"the features at {cut.place!r} are not {len(cut.predictor)} wide; the plan was made for another file")
+        return self.attention.expected(cut.place, cut.predictor)
 
     def _fixed(self, cut: TokenCut) -> np.ndarray:
         """Where tokens that stay are among those that are there, int64 [K]."""

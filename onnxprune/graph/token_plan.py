@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from onnxprune.errors import InputError
@@ -10,6 +10,8 @@ from onnxprune.errors import InputError
 Policy = Literal["drop", "package", "merge", "drop-merge", "static", "threshold"]
 POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge", "static", "threshold")
 MERGING: frozenset[Policy] = frozenset({"merge", "drop-merge"})
+RANKING: frozenset[Policy] = frozenset({"drop", "package", "drop-merge"})
+"""Those that keep a number of tokens, whatever score ranks them."""
 
 
 class CannotCut(InputError):
@@ -22,7 +24,8 @@ class TokenCut:
 
     ``block`` counts the places, from 0. ``positions``: where those that stay are among all tokens, rising; empty if samples decide it.
     ``threshold``: attention that a token must get, as a multiple of the mean over the tokens of its sample; None if a number of them stays.
-    The share is then what stays on average.
+    The share is then what stays on average. ``predictor``: weights [C] on the unit features at the place, whose product with them is the
+    score of a token; empty if it is the attention that the token gets.
     """
 
     place: str
@@ -31,13 +34,14 @@ class TokenCut:
     block: int
     positions: tuple[int, ...] = ()
     threshold: float | None = None
+    predictor: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value not in ((), None)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenCut:
-        return cls(**{**content, "positions": tuple(content.get("positions", ()))})
+        return cls(**{**content, **{name: tuple(content.get(name, ())) for name in ("positions", "predictor")}})
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,13 @@ class TokenPlan:
     policy: Policy
     cuts: tuple[TokenCut, ...]
 
+    @property
+    def score(self) -> str:
+        """What ranks tokens: ``attention``, ``predictor`` or, if nothing does, ``none``."""
+        if self.policy in ("merge", "static"):
+            return "none"
+        return "predictor" if any(cut.predictor for cut in self.cuts) else "attention"
+
     def describe(self) -> str:
         """``70% stay behind attention 2, 49% behind 3``."""
         first, *rest = (f"{100 * cut.share:.0f}%{{}} behind {{}}{cut.block}" for cut in self.cuts)
@@ -60,6 +71,11 @@ class TokenPlan:
 
     def as_dict(self) -> dict[str, Any]:
         return {"policy": self.policy, "cuts": [cut.as_dict() for cut in self.cuts]}
+
+    def summary(self) -> dict[str, Any]:
+        """As a report tells it: predictors without their weights."""
+        cuts = [replace(cut, predictor=()).as_dict() for cut in self.cuts]
+        return {"policy": self.policy, "score": self.score, "cuts": cuts}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenPlan:

@@ -1,4 +1,4 @@
-"""What is to be known about tokens before any leaves: the attention between them and their norms, as outputs of the graph."""
+"""What is to be known about tokens before any leaves: the attention between them and their features, as outputs of the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_probes(model: Model, axis: TokenAxis) -> tuple[Model, list[tuple[str, s
 
     Returns:
         it, and what its last outputs hold, in the order of the graph: (``attention``, name of the Softmax), mean attention over heads float
-        [B, N, N]; (``norm``, place), norms of the features at a place, float [B, N].
+        [B, N, N]; (``features``, place), the features at a place, float [B, N, C].
     """
     e = Emitter(model, take_profile(model), prefix="onnxprune.probe")
     places = {place.tensor for place in axis.places}
@@ -35,8 +35,8 @@ def with_probes(model: Model, axis: TokenAxis) -> tuple[Model, list[tuple[str, s
             probes.append(("attention", node.name))
             made.append(e.reduce("ReduceMean", table, [1], keepdims=False))
         for tensor in places.intersection(node.outputs):
-            probes.append(("norm", tensor))
-            made.append(e.reduce("ReduceL2", tensor, [2], keepdims=False))
+            probes.append(("features", tensor))
+            made.append(tensor)
     proto = e.proto
     proto.graph.node.extend(e.nodes)
     proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made)

@@ -1,8 +1,8 @@
-"""How much attention each token gets: from the tokens that the output reads, or from all of them."""
+"""How much attention each token gets, from the tokens that the output reads or from all of them, or how much it is expected to get."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +48,15 @@ class Attention:
         if not lead and weights is not None:
             maps = e.op("Mul", maps, e.unsqueeze(weights, 1, 3))
         return e.reduce("ReduceMean", maps, [1, 2], keepdims=False)
+
+    def expected(self, features: str, weights: Sequence[float]) -> str:
+        """Weights [C] times unit features [B, N, C], as numbers between 0 and 1, float [B, N].
+
+        As a sum and not as a product of matrices: what prunes or rounds those should leave a ranking alone.
+        """
+        e = self.e
+        total = e.reduce("ReduceSum", e.op("Mul", features, e.array(np.array(weights, np.float32))), [2], keepdims=False)
+        return e.op("Sigmoid", e.op("Div", total, e.reduce("ReduceL2", features, [2], keepdims=False)))
 
     def _rows(self, tensor: str, reader: Node) -> str:
         """The leading rows of a tensor whose last axis but one is that of queries."""

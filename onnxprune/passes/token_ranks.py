@@ -24,29 +24,34 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Probed:
-    """Of one batch, in the order of the graph: mean attention over heads [B, N, N] of a Softmax, and norms [B, N] at the places."""
+    """Of one batch, in the order of the graph: mean attention over heads [B, N, N] of a Softmax, and features [B, N, C] at the places."""
 
     attentions: dict[str, np.ndarray]
-    norms: dict[str, np.ndarray]
+    features: dict[str, np.ndarray]
     order: tuple[tuple[str, str], ...]
 
+    @property
+    def real(self) -> np.ndarray:
+        """Tokens that are not padding, bool [B, N]: a key that nobody sees is."""
+        return np.asarray(np.max([maps.max(axis=1) for maps in self.attentions.values()], axis=0) > 0)
 
-def probe(model: Model, data: CalibrationData, options: RuntimeOptions) -> tuple[TokenAxis, Iterator[Probed]]:
-    """Attention and norms of a canonical model that ``study_tokens`` does not refuse, on the first rows of ``data``."""
+
+def probe(model: Model, data: CalibrationData, options: RuntimeOptions, rows: int = _ROWS) -> tuple[TokenAxis, Iterator[Probed]]:
+    """Attention and features of a canonical model that ``study_tokens`` does not refuse, on the first rows of ``data``."""
     plain = spelled_out(model)
     axis = token_axis(GraphView(plain), take_profile(plain))
     assert isinstance(axis, TokenAxis)
-    return axis, _batches(plain, axis, data.take(slice(0, _ROWS)), options)
+    return axis, _batches(plain, axis, data.take(slice(0, rows)), options)
 
 
 def _batches(plain: Model, axis: TokenAxis, data: CalibrationData, options: RuntimeOptions) -> Iterator[Probed]:
     probed, probes = with_probes(plain, axis)
     names = probed.output_names[-len(probes) :]
     for batch, found in stream(probed, data, names, options=options, rows=_BATCH):
-        parts: dict[str, dict[str, np.ndarray]] = {"attention": {}, "norm": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"attention": {}, "features": {}}
         for (kind, name), output in zip(probes, names, strict=True):
             parts[kind][name] = found[output][batch.valid]
-        yield Probed(parts["attention"], parts["norm"], tuple(probes))
+        yield Probed(parts["attention"], parts["features"], tuple(probes))
 
 
 def roll_out(axis: TokenAxis, probed: Probed) -> dict[str, np.ndarray]:
@@ -55,14 +60,14 @@ def roll_out(axis: TokenAxis, probed: Probed) -> dict[str, np.ndarray]:
     From the outputs down, attention is followed with the residual beside it, R <- R (A + I) / 2 (Abnar and Zuidema, 2020), and weighed by
     the norm of the token (Patch Slimming; Tang et al., 2022).
     """
-    rows, tokens = next(iter(probed.norms.values())).shape
+    rows, tokens, _ = next(iter(probed.features.values())).shape
     reads = np.full((rows, tokens), 1 / tokens)
     if axis.leading and not axis.pools and axis.returned is None:
         reads = np.tile(np.arange(tokens) < axis.leading, (rows, 1)) / axis.leading
     scores = {}
     for kind, name in reversed(probed.order):
-        if kind == "norm":
-            scores[name] = reads * probed.norms[name]
+        if kind == "features":
+            scores[name] = reads * np.linalg.norm(probed.features[name], axis=2)
         else:
             reads = (reads + np.einsum("bi,bij->bj", reads, probed.attentions[name])) / 2
     return scores
@@ -112,8 +117,7 @@ def attention_received(model: Model, data: CalibrationData, options: RuntimeOpti
     axis, batches = probe(model, data, options)
     rows = []
     for probed in batches:
-        real = np.max([maps.max(axis=1) for maps in probed.attentions.values()], axis=0) > 0  # a key that nobody sees is padding
-        for row, there in enumerate(real):
+        for row, there in enumerate(probed.real):
             queries = slice(0, axis.leading) if axis.leading else there
             rows.append({place.tensor: probed.attentions[place.softmax.name][row, queries][:, there].mean(axis=0) for place in axis.places})
     return rows

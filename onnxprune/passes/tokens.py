@@ -15,11 +15,12 @@ from onnxprune.errors import Refusal
 from onnxprune.graph.model import Model
 from onnxprune.graph.token_axis import TokenAxis
 from onnxprune.graph.token_cut import cut_tokens, study_tokens
-from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
+from onnxprune.graph.token_plan import POLICIES, RANKING, CannotCut, Policy, TokenCut, TokenPlan
 from onnxprune.graph.token_policy import kept_of
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import WholePass
 from onnxprune.passes.int8 import timed
+from onnxprune.passes.token_predictor import fit_predictors
 from onnxprune.passes.token_ranks import attention_received, nested, rank_positions, thresholds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import Feeds, RuntimeOptions, open_session, run
@@ -32,9 +33,9 @@ TOKENS = WholePass(
     kind="tokens",
     summary="fewer tokens in the later blocks: the least attended leave, or similar ones merge",
     detail=(
-        "Behind an attention, tokens that get little of it leave, are packed into one, or merge with those most like them, whichever "
-        "changes the outputs least. Weights stay as they are. Schedules over the layers are measured, and the budget is shared with "
-        "the other passes. Needs a latency target, or none; pays for images and for texts of 64 tokens and more."
+        "Behind an attention, tokens that get little of it, there or later, leave, are packed into one, or merge with those most like "
+        "them, whichever changes the outputs least. Weights stay as they are. Schedules over the layers are measured, and share the budget "
+        "with the other passes. Needs a latency target, or none; pays for images and for texts of 64 tokens and more."
     ),
 )
 
@@ -60,7 +61,7 @@ class Schedule:
     share: float
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.plan.as_dict(), "error": self.error, "share": self.share}
+        return {**self.plan.summary(), "error": self.error, "share": self.share}
 
 
 def choose_schedules(
@@ -77,7 +78,8 @@ def choose_schedules(
 ) -> tuple[Schedule, ...] | Refusal:
     """Schedules none of which is slower and worse than another one, from slow to fast.
 
-    The policy is chosen on one schedule, all others are of that policy. Every error and every time is measured, on the finished graph.
+    The policy and the score are chosen on one schedule, all others are of these. Every error and every time is measured, on the finished
+    graph.
 
     Args:
         model: the canonical model, whose tokens are all there.
@@ -93,23 +95,25 @@ def choose_schedules(
         return axis
     places = len(axis.places)
     planner = Planner(model, axis, calibration, options)
-    trials: dict[Policy, Schedule] = {}
+    trials: dict[tuple[Policy, bool], Schedule] = {}
     reasons = []
+    asked = POLICIES if policy == "auto" else (policy,)
+    kinds = [(name, predicted) for name in asked for predicted in ((False, True) if name in RANKING else (False,))]
     batch = next(calibration.take(slice(0, _CHECKED)).batches(_CHECKED, trim=True))
-    for name in POLICIES if policy == "auto" else (policy,):
+    for kind in kinds:
         try:
-            trial = planner.plan(name, _stages(places, _TRIAL))
+            trial = planner.plan(*kind, _stages(places, _TRIAL))
             candidate = cut_tokens(model, trial)
-            _check(model, cut_tokens(model, planner.plan(name, (1.0,) * places)), batch, options)
+            _check(model, cut_tokens(model, planner.plan(*kind, (1.0,) * places)), batch, options)
         except CannotCut as error:
             reasons.append(str(error))
             continue
-        trials[name] = Schedule(trial, yardstick(finish(candidate, rewrites)), 1.0)
+        trials[kind] = Schedule(trial, yardstick(finish(candidate, rewrites)), 1.0)
     if not trials:
         return Refusal("OP705", "tokens", reasons[0])
-    best = min(trials, key=lambda name: trials[name].error)
-    log.info("tokens: %s", ", ".join(f"{name} {schedule.error:.3g}" for name, schedule in trials.items()))
-    plans = list(dict.fromkeys(planner.plan(best, shares) for shares in profiles(places)))
+    best = min(trials, key=lambda kind: trials[kind].error)
+    log.info("tokens: %s", ", ".join(f"{name} by {item.plan.score} {item.error:.3g}" for (name, _), item in trials.items()))
+    plans = list(dict.fromkeys(planner.plan(*best, shares) for shares in profiles(places)))
     models = {f"{number}": finish(cut_tokens(model, plan), rewrites) for number, plan in enumerate(plans)}
     found = []
     shares = _timed(finish(model, rewrites), models, request, options, seed)
@@ -177,10 +181,15 @@ class Planner:
     def attended(self) -> list[dict[str, np.ndarray]]:
         return attention_received(self.model, self.calibration, self.options)
 
-    def plan(self, policy: Policy, shares: Sequence[float]) -> TokenPlan:
+    @cached_property
+    def predictors(self) -> dict[str, tuple[float, ...]]:
+        return fit_predictors(self.model, self.calibration, self.options)
+
+    def plan(self, policy: Policy, predicted: bool, shares: Sequence[float]) -> TokenPlan:
         """Cuts only where the share falls; merging takes no more than it can of the tokens that it finds at one place.
 
         Args:
+            predicted: whether predictors rank tokens, and not the attention they get.
             shares: of tokens that stay behind each place.
 
         Raises:
@@ -196,6 +205,8 @@ class Planner:
         if policy == "threshold":
             found = thresholds(self.attended, [(cut.place, cut.share) for cut in cuts], self.axis.leading)
             cuts = [replace(cut, threshold=round(value, 5)) for cut, value in zip(cuts, found, strict=True)]
+        if predicted:
+            cuts = [replace(cut, predictor=self.predictors.get(cut.place, ())) for cut in cuts]
         return TokenPlan(policy, tuple(self._with_positions(cuts) if policy == "static" else cuts))
 
     def _with_positions(self, cuts: Sequence[TokenCut]) -> list[TokenCut]:

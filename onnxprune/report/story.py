@@ -257,7 +257,8 @@ def kept(record: Record) -> str:
         words.append(f"{table['kept']:,} of {table['rows']:,} word rows kept ({size(table['saved_bytes'])} less{lost})")
     if chosen := (record.get("tokens") or {}).get("chosen"):
         behind = ", ".join(f"{percent(cut['share'])} behind attention {cut['block']}" for cut in chosen["cuts"])
-        words.append(f"tokens that stay ({chosen['policy']}): {behind or 'all'}")
+        ranked = " by predictor" if chosen.get("score") == "predictor" else ""
+        words.append(f"tokens that stay ({chosen['policy']}{ranked}): {behind or 'all'}")
     if polished := record.get("polish"):
         fewer = f"divergence {polished['before']:.2g} to {polished['after']:.2g} on rows it did not see"
         words.append(f"polished: {fewer}" if polished["epoch"] else "polish did not help and was left out")

@@ -171,6 +171,40 @@ def test_labels_answers_and_hidden_states_are_the_same_alone_and_in_a_batch(tmp_
         close(run(open_session(cut_tokens(model, plan_of(axis, 1.0))), feeds), run(open_session(model), feeds))
 
 
+def test_a_grid_behind_the_last_block_is_whole_again(tmp_path: Path) -> None:
+    """Patches become an image, by a convolution."""
+    import torch
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    from onnxprune.export.extra import quiet
+    from onnxprune.export.network import Network
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    inside: Any = ViTForMaskedImageModeling(ViTConfig(image_size=16, patch_size=4, encoder_stride=4, **sizes))
+    network, pixels = Network(inside, ("pixel_values",), ("reconstruction",)).eval(), torch.randn(2, 3, 16, 16)
+    with quiet():
+        torch.onnx.export(
+            network,
+            (pixels,),
+            str(tmp_path / "m.onnx"),
+            dynamo=False,
+            input_names=["pixel_values"],
+            output_names=["image"],
+            opset_version=17,
+        )
+    model = canonicalise(load(tmp_path / "m.onnx"))[0]
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    assert (axis.leading, axis.count, len(axis.places)) == (1, 17, 1)
+    feeds = {"pixel_values": pixels.numpy()}
+    dense = run(open_session(model), feeds)
+    close(run(open_session(cut_tokens(model, plan_of(axis, 1.0))), feeds), dense)
+    (fewer,) = run(open_session(cut_tokens(model, plan_of(axis, 0.5, "merge"))), feeds)
+    assert fewer.shape == dense[0].shape
+    assert np.abs(fewer - dense[0]).max() > 1e-3 * np.abs(dense[0]).max()
+
+
 def two_blocks_with_rows() -> Model:
     """The last sum is read by a head for each token, without a mean."""
     text = TWO_BLOCKS.replace("  m = ReduceMean <keepdims = 0> (h1, one)\n", "").replace("MatMul (m, w)", "MatMul (h1, w)")

@@ -148,11 +148,16 @@ def test_nothing_changes_while_all_tokens_stay(name: str, variant: str, policy: 
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("policy", ["drop", "package", "threshold"])
+@pytest.mark.parametrize(
+    ("policy", "predicted"), [("drop", False), ("drop", True), ("package", False), ("package", True), ("threshold", False)]
+)
 @pytest.mark.parametrize(("name", "variant"), TEXTS)
-def test_neither_padding_nor_other_rows_change_what_stays(name: str, variant: str, policy: Policy) -> None:
-    model, _, axis = prepared(name, variant)
-    session = open_session(cut_tokens(model, plan_of(axis, 0.5, policy)))
+def test_neither_padding_nor_other_rows_change_what_stays(name: str, variant: str, policy: Policy, predicted: bool) -> None:
+    model, profile, axis = prepared(name, variant)
+    plan = plan_of(axis, 0.5, policy)
+    width = profile.dim(axis.places[0].tensor, 2)
+    assert width is not None
+    session = open_session(cut_tokens(model, with_predictors(plan, width) if predicted else plan))
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 30, (3, 24))
     lengths = (9, 24, 17)
@@ -201,7 +206,11 @@ def test_networks_that_cannot_lose_tokens_say_why(name: str, variant: str, code:
 
 
 def test_plans_are_stored_with_positions_and_thresholds() -> None:
-    cuts = (TokenCut("a", "s", 0.5, 0, positions=(0, 2)), TokenCut("b", "t", 0.25, 1, threshold=0.0), TokenCut("c", "u", 0.1, 2))
+    cuts = (
+        TokenCut("a", "s", 0.5, 0, positions=(0, 2)),
+        TokenCut("b", "t", 0.25, 1, threshold=0.0, predictor=(0.5, -1.0)),
+        TokenCut("c", "u", 0.1, 2),
+    )
     plan = TokenPlan("threshold", cuts)
     assert TokenPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
     assert plan.as_dict()["cuts"][2] == {"place": "c", "softmax": "u", "share": 0.1, "block": 2}
@@ -281,6 +290,32 @@ def test_tokens_that_are_the_same_lose_nothing_by_becoming_one(policy: Policy, r
     np.testing.assert_allclose(got, want, atol=1e-5)
     (want,), (got,) = (run(open_session(item), {"x": x[:, ::-1].cumsum(1, dtype=np.float32)}) for item in (model, cut))
     assert np.abs(got - want).max() > 1e-4  # others do lose something
+
+
+def with_predictors(plan: TokenPlan, width: int) -> TokenPlan:
+    weights = np.random.default_rng(5).standard_normal((len(plan.cuts), width))
+    return replace(plan, cuts=tuple(replace(cut, predictor=tuple(row)) for cut, row in zip(plan.cuts, weights.tolist(), strict=True)))
+
+
+def test_predictors_rank_by_features() -> None:
+    """Six of twelve tokens stay; written down once more in numpy."""
+    model = two_blocks()
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    plan = with_predictors(TokenPlan("drop", plan_of(axis, 0.5).cuts[:1]), 6)
+    x = np.random.default_rng(3).standard_normal((12, 6)).astype(np.float32)
+    q, k, v, w = random_weights().values()
+
+    def block(h: np.ndarray) -> np.ndarray:
+        scores = np.exp((h @ q) @ (h @ k).T)
+        return np.asarray(h + scores / scores.sum(1, keepdims=True) @ (h @ v))
+
+    h = block(x)
+    score = h @ np.array(plan.cuts[0].predictor) / np.linalg.norm(h, axis=1)
+    want = block(h[np.argsort(-score)[:6]]).mean(0) @ w
+    np.testing.assert_allclose(run(open_session(cut_tokens(model, plan)), {"x": x[None]})[0][0], want, rtol=1e-3, atol=1e-5)
+    with pytest.raises(CannotCut, match="another file"):
+        cut_tokens(model, with_predictors(plan, 7))
 
 
 def test_a_mean_counts_dropped_tokens_as_if_they_were_like_those_that_stay() -> None:

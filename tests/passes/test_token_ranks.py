@@ -40,8 +40,9 @@ def test_attention_is_followed_from_the_tokens_that_are_read() -> None:
     later[0, 0] = [0, 0, 1]
     earlier[0, 2] = [0, 1, 0]
     norms = {"a": np.ones((1, 3)), "b": np.array([[1.0, 1.0, 10.0]]), "c": np.ones((1, 3))}
-    order = (("norm", "a"), ("attention", "early"), ("norm", "b"), ("attention", "late"), ("norm", "c"))
-    found = roll_out(axis, Probed({"late": later, "early": earlier}, norms, order))
+    order = (("features", "a"), ("attention", "early"), ("features", "b"), ("attention", "late"), ("features", "c"))
+    features = {place: norm[:, :, None] for place, norm in norms.items()}
+    found = roll_out(axis, Probed({"late": later, "early": earlier}, features, order))
     np.testing.assert_allclose(found["c"], [[1, 0, 0]])
     np.testing.assert_allclose(found["b"], [[0.5, 0, 5]])
     np.testing.assert_allclose(found["a"], [[0.5, 0.25, 0.25]])

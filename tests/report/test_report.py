@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 from rich.console import Console
 
+from onnxprune.graph.token_plan import POLICIES, TokenCut, TokenPlan
+from onnxprune.passes.tokens import Schedule
 from onnxprune.report import figures, story
 from onnxprune.report.html import render, write_report
 from onnxprune.report.tables import plan_tables, run_tables
@@ -65,6 +67,17 @@ def validator(name: str) -> Any:
     schema = json.loads((files("onnxprune.report") / "schema" / f"{name}.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
+
+
+def test_token_plans_of_every_policy_are_what_the_schemas_say() -> None:
+    for policy in POLICIES:
+        cut = TokenCut("place", "softmax", 0.5, 1, positions=(0, 2), threshold=0.5, predictor=(0.25, -1.0))
+        plan = TokenPlan(policy, (cut, TokenCut("later", "softmax", 0.25, 2)))
+        schema = validator("plan").schema["properties"]["tokens"]
+        jsonschema.validate(json.loads(json.dumps(plan.as_dict())), schema)
+        told = validator("run").schema["properties"]["tokens"]["properties"]
+        jsonschema.validate(json.loads(json.dumps(plan.summary())), told["chosen"])
+        jsonschema.validate(json.loads(json.dumps(Schedule(plan, 0.1, 0.5).as_dict())), told["schedules"]["items"])
 
 
 @pytest.mark.parametrize("name", ["run", "plan"])
