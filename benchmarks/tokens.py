@@ -171,7 +171,10 @@ def main() -> None:
     args = parser.parse_args()
     name = f"tokens_{args.task}" if args.part == "tasks" else "tokens_sizes"
     found = of_task(task(args.task, args.models), args.policy or POLICIES) if args.part == "tasks" else of_sizes()
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    target = RESULTS / f"{name}.json"
+    if args.policy and target.exists():
+        found = {**json.loads(target.read_text()), **found}
+    target.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

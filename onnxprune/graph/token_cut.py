@@ -21,6 +21,7 @@ from onnxprune.graph.lowering import COVERED, lower
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import Profile, take_profile
 from onnxprune.graph.token_axis import Along, TokenAxis, token_axis, values_behind
+from onnxprune.graph.token_padding import depends_on_sample, masks_of, real_tokens
 from onnxprune.graph.token_plan import MERGING, CannotCut, TokenCut, TokenPlan
 from onnxprune.graph.token_policy import GONE, Choice, Stretch
 from onnxprune.graph.token_return import Return
@@ -30,9 +31,6 @@ from onnxprune.graph.uniform import uniform_value
 from onnxprune.graph.view import GraphView, Node
 
 _ATTENTION = frozenset(key for key in COVERED if "Attention" in key[1] or "Rotary" in key[1])
-_HIDDEN = -1e3
-"""An additive mask below this hides a token."""
-
 _END = 2**62
 
 
@@ -94,7 +92,7 @@ class _Cutter:
         self.versions: dict[tuple[str, int], str] = {}
         self.biases: dict[tuple[int, int], str] = {}
         self.bias_slots = dict(self._bias_slot(self.view.nodes[index]) for index in sorted(axis.attentions))
-        self.masks = self._masks()
+        self.masks = masks_of(self.view, axis)
         if plan.policy in MERGING and (self.masks or any(uniform_value(self.view, name) is None for name in axis.sides)):
             raise CannotCut("tokens cannot merge where masks or positions meet them")
         if plan.policy == "package" and axis.returned:
@@ -115,7 +113,8 @@ class _Cutter:
         """Made where tokens leave first: masks must have been emitted."""
         if self._choice is None:
             batch, count = self._sizes
-            self._choice = Choice(self.e, self.axis.leading, self.axis.count, count, batch, self._real())
+            real = real_tokens(self.e, self.profile, self.axis, self.masks, batch, count)
+            self._choice = Choice(self.e, self.axis.leading, self.axis.count, count, batch, real)
             if self.plan.policy == "threshold" and self._choice.real is None:
                 self._choice.real = self._choice.all_real()
         return self._choice
@@ -175,7 +174,7 @@ class _Cutter:
 
     def _fixed(self, cut: TokenCut) -> np.ndarray:
         """Where tokens that stay are among those that are there, int64 [K]."""
-        if self.axis.count is None or self._may_pad():
+        if self.axis.count is None or depends_on_sample(self.e, self.masks):
             raise CannotCut("the same positions cannot stay in every sample: tokens are not as many in all, or some are padding")
         there = np.arange(self.axis.count) if self.positions is None else self.positions
         self.positions = np.array(cut.positions, np.int64)
@@ -380,49 +379,3 @@ class _Cutter:
             now, before = (e.op("Cast", self._size(number, along), to=TensorProto.FLOAT) for number in (stretch, 0))
             weights = e.op("Mul", weights, e.op("Div", now, before))
         return e.op("Mul", tensor, e.unsqueeze(weights, *(other for other in range(e.rank(node.inputs[0])) if other not in (0, axis))))
-
-    # Padding.
-
-    def _masks(self) -> dict[str, bool]:
-        """Sides that hide keys from an attention, and whether True in them means visible (for additive masks: True)."""
-        found: dict[str, bool] = {}
-        for index in sorted(self.axis.attentions):
-            pending = [self.view.nodes[index].inputs[0]]
-            while pending:
-                maker = self.view.producer.get(pending.pop())
-                if maker is None or maker.op not in ("Add", "Where", "Mul", "Div", "Cast"):
-                    continue
-                for slot, name in enumerate(maker.inputs):
-                    if name not in self.axis.sides:
-                        pending += [name] if self.axis.axes(name) else []
-                    elif maker.op == "Add" or (maker.op == "Where" and slot == 0):
-                        found[name] = maker.op == "Add" or bool(self.axis.axes(maker.inputs[1]))
-        return {name: visible for name, visible in sorted(found.items()) if uniform_value(self.view, name) is None}
-
-    def _may_pad(self) -> bool:
-        """Whether a mask depends on the sample."""
-        given = self.e.model.input_names
-        behind = values_behind(self.view, given)
-        makers = {name: self.view.producer.get(name) for name in self.masks}
-        return any(name in given or (maker is not None and maker.index in behind) for name, maker in makers.items())
-
-    def _real(self) -> str | None:
-        """Tokens that are not padding, float [B, N]; None if no mask tells."""
-        e, result = self.e, None
-        for name, visible in self.masks.items():
-            shape = self.profile.shape(name)
-            if shape is None:
-                continue  # a constant: it hides no padding
-            if e.type_of(name) == TensorProto.BOOL:
-                shown = e.op("Cast", name if visible else e.op("Not", name), to=TensorProto.FLOAT)
-            else:
-                shown = e.op("Cast", e.op("Greater", name, e.array(np.array(_HIDDEN, np.float32))), to=TensorProto.FLOAT)
-            keys = max(self.axis.axes(name))
-            batched = len(shape) > 2 and shape[0] == self.batch_size
-            others = [axis for axis in range(len(shape)) if axis != keys and not (batched and axis == 0)]
-            shown = e.reduce("ReduceMax", shown, others, keepdims=False)
-            shown = shown if batched else e.unsqueeze(shown, 0)
-            result = shown if result is None else e.op("Mul", result, shown)
-        if result is None:
-            return None
-        return e.op("Expand", result, e.op("Concat", *self._sizes, axis=0))
