@@ -39,10 +39,11 @@ def fit_predictors(model: Model, data: CalibrationData, options: RuntimeOptions)
             width = features.shape[2]
             for row, there in enumerate(probed.real):
                 tokens = np.flatnonzero(there)[axis.leading :]
-                if not len(tokens):
+                mean = target[row, tokens].mean() if len(tokens) else 0.0
+                if not mean:
                     continue
                 x = features[row, tokens] / np.linalg.norm(features[row, tokens], axis=1, keepdims=True)
-                wanted = np.log(target[row, tokens] / target[row, tokens].mean() + _FLOOR)[:, None]
+                wanted = np.log(target[row, tokens] / mean + _FLOOR)[:, None]
                 judges = held.setdefault(place, HeldRows())
                 rows = judges if row % _HELD == _HELD - 1 else sums.setdefault(place, NormalEquations(width, 1))
                 rows.add(x, wanted.astype(np.float32))
