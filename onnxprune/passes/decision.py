@@ -13,6 +13,7 @@ from onnxprune.calibration.objective import Objective
 from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.slicing import cuts_of
+from onnxprune.passes.meter import UNITS
 from onnxprune.passes.polish import Polished
 from onnxprune.passes.scope import Settings, Study
 from onnxprune.passes.shipping import Shipping
@@ -21,6 +22,8 @@ from onnxprune.search.costs import CostTable
 from onnxprune.search.plan import Plan, recipe_dict
 
 HELD_BACK = 1024
+JUDGES = 256
+"""Most rows that judge choices, of those held back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,16 @@ def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, C
     rows = min(settings.samples, int(len(data) * 0.75))
     held = min(len(data) - rows, HELD_BACK)
     return data.split(rows, held, settings.recipe.seed)
+
+
+def judging_rows(study: Study, settings: Settings, held: int) -> int:
+    """How many of ``held`` rows choose between models, and so take no part in what is reported."""
+    if settings.target.auto or settings.protect_classes:
+        return held // 2
+    if study.layers:
+        return min(held // 2, JUDGES)
+    judged = study.integers or study.polish or UNITS[settings.target.quantity] == "ms"
+    return max(min(held // 4, JUDGES), 1) if judged and held > 1 else 0
 
 
 def write_plan(

@@ -202,6 +202,6 @@ def _substitutes(sums: NormalEquations) -> dict[str, Substitute]:
 
 
 def label(sublayer: Sublayer, anatomy: Anatomy) -> str:
-    """The name of the site inside, such as ``layer.3.ffn``."""
+    """The name of the site inside, such as ``layer.3.ffn``; that of the sublayer where it has none."""
     inside = (site.name for site in anatomy.sites if site.consumers[0].leaf.node.index in sublayer.nodes)
     return next(inside, sublayer.name)

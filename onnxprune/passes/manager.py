@@ -22,9 +22,9 @@ from onnxprune.graph.slicing import Kept
 from onnxprune.passes.anchor import MISS, REPEATS, Reached, reach
 from onnxprune.passes.auto import walk_down
 from onnxprune.passes.choice import choose, offers_of
-from onnxprune.passes.decision import Decision, split, write_plan
+from onnxprune.passes.decision import JUDGES, Decision, judging_rows, split, write_plan
 from onnxprune.passes.depth import with_turned_heads
-from onnxprune.passes.meter import UNITS, Meter
+from onnxprune.passes.meter import Meter
 from onnxprune.passes.polish import Polished, polish
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import cut, score
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 MOST_DROP = 0.01
 """What may be lost where neither a target nor a limit was given."""
 
-_JUDGES = 256
 _TRIAL_SHARE = 0.8
 _SENSITIVE_SHARES = (0.0, 0.125, 0.25, 0.5)
 
@@ -91,7 +90,7 @@ class _Search:
         self.calibration, self.held_back = split(data, settings)
         self.study = study_ = with_turned_heads(leading_to(study_, self.objective), self.calibration, settings.runtime)
         # What is chosen by looking at some rows must be reported on others.
-        middle = self._judging_rows(len(self.held_back))
+        middle = judging_rows(study_, settings, len(self.held_back))
         self.judges, self.held_back = self.held_back.take(slice(0, middle)), self.held_back.take(slice(middle, None))
         self.request = request_feeds(study_.given, data, settings.input_shapes)
         self.example = {name: tuple(array.shape) for name, array in examples(data).items()}
@@ -139,7 +138,7 @@ class _Search:
         return choose_schedules(
             self.study.anatomy.model,
             self.shipping.rewrites,
-            Yardstick(self.study.given, self.judges.take(slice(0, _JUDGES)), self.objective, settings.runtime),
+            Yardstick(self.study.given, self.judges.take(slice(0, JUDGES)), self.objective, settings.runtime),
             self.calibration,
             self.request,
             settings.runtime,
@@ -147,13 +146,6 @@ class _Search:
             seed=settings.recipe.seed,
             progress=self.bench.report("token schedules"),
         )
-
-    def _judging_rows(self, held: int) -> int:
-        if self.settings.target.auto or self.settings.protect_classes:
-            return held // 2
-        timed = UNITS[self.settings.target.quantity] == "ms"
-        judged = self.study.integers or self.study.polish or timed
-        return max(min(held // 4, _JUDGES), 1) if judged and held > 1 else 0
 
     def run(self, targets: Sequence[Target]) -> Iterator[Decision]:
         """A decision for every target, each beginning at the units that the one before kept."""
@@ -190,7 +182,8 @@ class _Search:
         full = tables.floats.full
         if goal is not None and full <= goal:
             self.shipping = self.shipping.in_float()
-            return self._decision(Reached(self.dense, tables.floats, full, full), given, full, goal, already_met=True)
+            student = self._polished(self.dense) if self.study.polish else self.dense
+            return self._decision(Reached(student, tables.floats, full, full), given, full, goal, already_met=True)
         if self.shipping.schedules:
             tables = self._leave_tokens(tables, given, goal)
         lowest = goal * (1 if self.study.sites else 1 + MISS) if goal is not None else 0.0
@@ -210,10 +203,10 @@ class _Search:
         return self._decision(found, given, full, goal, already_met=False)
 
     def _polished(self, student: Student) -> Student:
-        if all(student.counts[site.name] == site.units for site in self.study.sites):
+        if not self.study.smaller and all(student.counts[site.name] == site.units for site in self.study.sites):
             return student  # what lost nothing has nothing to learn
         yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
-        found = polish(self.bench, student, self.calibration, yardstick)
+        found = polish(self.bench, student, self.study.whole, self.calibration, yardstick, hinted=not self.study.narrower)
         if isinstance(found, Refusal):
             self._refuse(found, others=True)
             return student

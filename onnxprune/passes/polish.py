@@ -72,12 +72,21 @@ class Polished:
 
 
 def polish(
-    bench: Workbench, student: Student, data: CalibrationData, yardstick: Yardstick, epochs: int = EPOCHS
+    bench: Workbench,
+    student: Student,
+    teacher: Model,
+    data: CalibrationData,
+    yardstick: Yardstick,
+    *,
+    hinted: bool = True,
+    epochs: int = EPOCHS,
 ) -> tuple[Student, Polished] | Refusal:
     """Train all weights of ``student`` to follow the dense model.
 
     Args:
+        teacher: the dense model, before anything of it went.
         data: rows to learn from.
+        hinted: whether the residual streams of the two are in the same basis, so that the teacher's are hints.
         yardstick: divergence on rows that the fit has not seen.
 
     Returns:
@@ -86,7 +95,7 @@ def polish(
     if student.model.paged:
         return Refusal("OP901", "polish", "the model is read from disk piece by piece, and its optimiser would need all of it")
     try:
-        run_ = _Run(bench, student)
+        run_ = _Run(bench, student, teacher, hinted)
     except InputError as reason:
         return Refusal("OP902", "polish", str(reason))
     before = best = yardstick(student.model)
@@ -100,7 +109,7 @@ def polish(
         if error < best:
             best, found, epoch = error, candidate, number
         elif not error <= _TOO_FAR * best:
-            run_ = _Run(bench, found)
+            run_ = _Run(bench, found, teacher, hinted)
             step *= _SHORTER
         if tell:
             tell(number, epochs)
@@ -110,11 +119,11 @@ def polish(
 class _Run:
     """The optimiser's state: one vector of all weights and its moments (Adam: Kingma and Ba, ICLR 2015)."""
 
-    def __init__(self, bench: Workbench, student: Student) -> None:
+    def __init__(self, bench: Workbench, student: Student, teacher: Model, hinted: bool) -> None:
         self.bench, self.start = bench, student
         objective = bench.objective
-        self.hints = followed(bench.anatomy, student.model, student.kept)
-        self.teacher = open_session(with_outputs(bench.anatomy.model, [objective.tensor, *self.hints], keep=False), bench.options)
+        self.hints = followed(bench.anatomy, student.model, student.kept) if hinted else []
+        self.teacher = open_session(with_outputs(teacher, [objective.tensor, *self.hints], keep=False), bench.options)
         known = parameters_of(student.model)
         names = [parameter.name for parameter in known]
         model = weight_gradient_model(student.model, names, objective.tensor, objective.link, self.hints, dict(bench.batches[0].feeds))

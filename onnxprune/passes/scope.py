@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onnxprune.errors import InputError, NothingPrunable, Refusal
 from onnxprune.graph.anatomy import Anatomy, Site, study
 from onnxprune.graph.canonical import canonicalise, check_prunable
 from onnxprune.graph.depth import DEPTHS, with_depths
+from onnxprune.graph.layers import find_sublayers
 from onnxprune.graph.model import Model
 from onnxprune.graph.profile import take_profile
 from onnxprune.graph.turning import Bases
@@ -22,7 +23,7 @@ from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.passes.base import RewritePass, WholePass, WidthPass, ordered, select
 from onnxprune.passes.hidden import Narrowed, narrow_streams
 from onnxprune.passes.int8 import Int8Choice
-from onnxprune.passes.layers import Shallow
+from onnxprune.passes.layers import Shallow, label
 from onnxprune.passes.tokens import TokenPolicy
 from onnxprune.passes.vocab import Reduction, choose_vocabularies
 from onnxprune.passes.workbench import Recipe
@@ -88,7 +89,12 @@ class Study:
     @property
     def smaller(self) -> bool:
         """Whether the model has lost something before the search began."""
-        return bool(self.words.vocabularies or (self.streams and self.streams.narrowings) or self.shallow)
+        return bool(self.words.vocabularies or self.narrower or self.shallow)
+
+    @property
+    def narrower(self) -> bool:
+        """Whether residual streams have another basis than in the file as given."""
+        return bool(self.streams and self.streams.narrowings)
 
 
 def understand(
@@ -142,7 +148,8 @@ def understand(
     if kinds & set(DEPTHS):
         anatomy = with_depths(anatomy, kinds)
     found = [site for site in anatomy.sites if site.kind in kinds]
-    sites = _scope(found, settings)
+    sublayers = find_sublayers(anatomy.view, anatomy.profile) if "layers" in asked and not anatomy.model.paged else ()
+    sites = _scope(found, settings, tuple(label(sublayer, anatomy) for sublayer in sublayers))
     refusals = (
         *(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds)),
         *words.refusals,
@@ -219,16 +226,17 @@ def _nothing(given: Model, anatomy: Anatomy, kinds: set[str], refusals: tuple[Re
     return f"nothing to prune for {', '.join(wanted)}: {found} and none of it is {' or '.join(blocks)}{more}{reasons}"
 
 
-def _scope(sites: list[Site], settings: Settings) -> list[Site]:
-    """``--keep`` protects sites, ``--exclude`` does too: both are patterns on site names, and each must match something."""
+def _scope(sites: list[Site], settings: Settings, sublayers: Sequence[str] = ()) -> list[Site]:
+    """``--keep`` protects sites, ``--exclude`` does too: both are patterns on names of sites and sublayers; each must match."""
+    names = tuple(dict.fromkeys([*(site.name for site in sites), *sublayers]))
     protected: set[str] = set()
     for option, patterns in (("--keep", settings.keep), ("--exclude", settings.exclude)):
         for pattern in patterns:
             try:
-                matched = {site.name for site in sites if re.search(pattern, site.name)}
+                matched = {name for name in names if re.search(pattern, name)}
             except re.error as error:
                 raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
-            if not matched and sites:
-                raise InputError(f"{option} {pattern!r} matches no site; sites are named like {sites[0].name} (see onnxprune inspect)")
+            if not matched and names:
+                raise InputError(f"{option} {pattern!r} matches no site; sites are named like {names[0]} (see onnxprune inspect)")
             protected |= matched
     return [site for site in sites if site.name not in protected]

@@ -16,7 +16,7 @@ from onnxprune.calibration.objective import Objective, choose_objective
 from onnxprune.errors import NothingPrunable, Refusal, TargetError
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
-from onnxprune.passes.decision import Decision, split
+from onnxprune.passes.decision import JUDGES, Decision, judging_rows, split
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.layers import COLLAPSE, Bench, Shallow, shallower_models
 from onnxprune.passes.manager import MOST_DROP, decide
@@ -30,8 +30,8 @@ from onnxprune.verification import Yardstick, compare
 log = logging.getLogger(__name__)
 
 _FIT_ROWS = 256
-_JUDGES, _TRIED = 256, 128
-"""Rows that judge decisions, and those that judge every substitute."""
+_TRIED = 128
+"""Most rows that judge every substitute."""
 
 _HALF = 0.5
 """Of what may be lost, depth takes this part at most: the rest is for what follows."""
@@ -77,9 +77,10 @@ class _Around:
 
     @property
     def judges(self) -> CalibrationData:
-        return split(self.data, self.settings)[1].take(slice(0, _JUDGES))
+        held = split(self.data, self.settings)[1]
+        return held.take(slice(0, min(judging_rows(self.study, self.settings, len(held)), JUDGES)))
 
-    def yardstick(self, rows: int = _JUDGES) -> Yardstick:
+    def yardstick(self, rows: int = JUDGES) -> Yardstick:
         return Yardstick(self.study.given, self.judges.take(slice(0, rows)), self.objective, self.settings.runtime)
 
     def models(self) -> Iterator[Shallow] | Refusal:

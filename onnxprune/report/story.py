@@ -251,7 +251,8 @@ def kept(record: Record) -> str:
     words += [f"{item['after']:,} of {item['before']:,} directions of the residual stream kept" for item in record.get("hidden", ())]
     if replaced := record.get("layers"):
         told = ", ".join(f"{item['sublayer']} by {_BY[item['by']]}" for item in replaced[:_NAMED])
-        words.append(f"{len(replaced)} sublayers replaced: {told}{f' and {len(replaced) - _NAMED} more' if len(replaced) > _NAMED else ''}")
+        more = f" and {len(replaced) - _NAMED} more" if len(replaced) > _NAMED else ""
+        words.append(f"{len(replaced)} sublayer{'s' if len(replaced) > 1 else ''} replaced: {told}{more}")
     for table in (record.get("vocabulary") or {}).get("tables", ()):
         lost = "" if table["unseen"] is None else f", {percent(table['unseen'])} of the tokens of new text will read a stand-in"
         words.append(f"{table['kept']:,} of {table['rows']:,} word rows kept ({size(table['saved_bytes'])} less{lost})")

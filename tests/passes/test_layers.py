@@ -113,6 +113,22 @@ def test_protected_sublayers_stay() -> None:
         onnxprune.plan(zoo.path(BERT), calib=arrays(BERT), keep=["layer"], **options)
 
 
+@pytest.mark.parametrize(("pattern", "found"), [("layer.9", "matches no site"), ("(", "is not a regular expression")])
+def test_patterns_are_those_of_sublayers_too(pattern: str, found: str) -> None:
+    options: dict[str, Any] = {"target_macs": "70%", "calib": arrays(BERT), **COUNTED}
+    with pytest.raises(InputError, match=found):
+        onnxprune.plan(zoo.path(BERT), passes="layers", keep=[pattern], **options)
+
+
+@pytest.mark.usefixtures("unbounded")
+def test_rows_that_choose_what_goes_are_not_in_the_report_and_polish_follows_the_model_as_given() -> None:
+    options: dict[str, Any] = {"passes": "layers,polish", "target_macs": "70%", "calib": arrays(BERT, 64), **COUNTED}
+    result = onnxprune.prune(zoo.path(BERT), **options)
+    assert result.comparison is not None
+    assert result.comparison.samples == 8
+    assert result.record["polish"]["after"] < result.record["polish"]["before"]
+
+
 def test_families_are_decided_without_depth(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="layers is decided anew for every target"):
         onnxprune.family(

@@ -31,7 +31,7 @@ def test_a_pruned_model_comes_nearer_to_the_dense_one(name: str) -> None:
     bench = workbench(name)
     student, data = halved(bench), calibration(name)
     yardstick = Yardstick(bench.anatomy.model, calibration(name, 64).take(slice(32, 64)), bench.objective, RuntimeOptions())
-    found = polish(bench, student, data, yardstick, epochs=4)
+    found = polish(bench, student, bench.anatomy.model, data, yardstick, epochs=4)
     assert isinstance(found, tuple)
     better, report = found
     assert report.epoch > 0
@@ -45,7 +45,7 @@ def test_what_did_not_get_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = workbench(BERT)
     student = halved(bench)
     yardstick = Yardstick(bench.anatomy.model, calibration(BERT), bench.objective, RuntimeOptions())
-    found = polish(bench, student, calibration(BERT), yardstick, epochs=2)
+    found = polish(bench, student, bench.anatomy.model, calibration(BERT), yardstick, epochs=2)
     assert isinstance(found, tuple)
     assert found[0] is student
     assert found[1] == Polished(yardstick(student.model), yardstick(student.model), 0, 2)
@@ -55,7 +55,7 @@ def test_a_step_that_is_too_long_becomes_shorter(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "STEP", 1.0)
     bench = workbench(BERT)
     yardstick = Yardstick(bench.anatomy.model, calibration(BERT), bench.objective, RuntimeOptions())
-    found = polish(bench, halved(bench), calibration(BERT), yardstick, epochs=10)
+    found = polish(bench, halved(bench), bench.anatomy.model, calibration(BERT), yardstick, epochs=10)
     assert isinstance(found, tuple)
     assert found[1].epoch > 1
     assert found[1].after < found[1].before
