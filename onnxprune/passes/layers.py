@@ -9,7 +9,7 @@ for what it saves; what later ones are fitted to is the dense model's stream, fr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,7 +46,6 @@ THIN = 4
 """The map of low rank has this part of the stream's width as its rank."""
 
 _RIDGE = 1e-4
-_RUN_ROWS = 16
 _LOOK = 3
 """How many sublayers are tried again after one went: the best by what was known before."""
 
@@ -88,11 +87,13 @@ class Shallow:
 class Bench:
     """What sublayers are judged with.
 
-    ``rows`` fit substitutes, ``error`` is the divergence of a model from the file as given, ``protected`` are patterns of site names.
+    ``rows`` fit substitutes, ``error`` is the divergence of a model from the file as given and ``glance`` the same on few rows, by which
+    sublayers are put in a first order; ``protected`` are patterns of site names.
     """
 
     rows: CalibrationData
     error: Callable[[Model], float]
+    glance: Callable[[Model], float]
     request: Feeds
     options: RuntimeOptions
     protected: Sequence[str] = ()
@@ -131,29 +132,39 @@ def _descent(
     nodes = anatomy.view.nodes
     work = {each.name: sum(macs.get(nodes[index].name, 0) for index in each.nodes) for each in left}
     rows = {each.name: int(np.prod(shapes[each.start][:-1])) for each in left}
-    price: dict[str, float] = dict.fromkeys(work, 0.0)
     replaced: tuple[Replaced, ...] = ()
     student, error, most = model, 0.0, len(left)
-    while left:
-        left.sort(key=lambda each: price[each.name])
-        offers = fitted(model, student, left[: _LOOK if replaced else None], bench.rows, bench.options)
-        best: tuple[float, Replaced] | None = None
+
+    def tried(offers: Mapping[str, Mapping[str, Substitute]], judge: Callable[[Model], float]) -> Iterator[tuple[float, Replaced]]:
+        """Substitutes that save work, with the divergence that each adds for it."""
         for name, kinds in offers.items():
             sublayer = next(each for each in left if each.name == name)
-            price[name] = np.inf
             for kind, stand_in in kinds.items():
                 saved = work[name] - rows[name] * sum(factor.size for factor in stand_in.factors)
-                if saved <= 0:
-                    continue
-                chosen = {**{item.sublayer.name: item.substitute for item in replaced}, name: stand_in}
-                found = bench.error(substitute(model, sublayers, chosen))
-                price[name] = min(price[name], (found - error) / saved)
-                if best is None or (found - error) / saved < best[0]:
-                    best = ((found - error) / saved, Replaced(sublayer, labels[name], kind, stand_in, found))
-        if best is None or not best[1].error <= COLLAPSE:
+                if saved > 0:
+                    chosen = {**{item.sublayer.name: item.substitute for item in replaced}, name: stand_in}
+                    found = judge(substitute(model, sublayers, chosen))
+                    yield (found - error) / saved, Replaced(sublayer, labels[name], kind, stand_in, found)
+
+    def prices(found: Iterable[tuple[float, Replaced]]) -> dict[str, float]:
+        """Of each sublayer by its best substitute."""
+        best: dict[str, float] = {}
+        for value, item in found:
+            best[item.sublayer.name] = min(value, best.get(item.sublayer.name, np.inf))
+        return best
+
+    price = prices(tried(fitted(model, model, left, bench.rows, bench.options), bench.glance))
+    while left:
+        left.sort(key=lambda each: price.get(each.name, np.inf))
+        found = list(tried(fitted(model, student, left[:_LOOK], bench.rows, bench.options), bench.error))
+        price |= prices(found)
+        if not found:
             return
-        replaced, error = (*replaced, best[1]), best[1].error
-        left.remove(best[1].sublayer)
+        _, best = min(found, key=lambda each: each[0])
+        if not best.error <= COLLAPSE:
+            return
+        replaced, error = (*replaced, best), best.error
+        left.remove(best.sublayer)
         student = substitute(model, sublayers, {item.sublayer.name: item.substitute for item in replaced})
         bench.report(len(replaced), most)
         yield Shallow(student, take_profile(student, bench.samples), replaced)
@@ -172,8 +183,7 @@ def fitted(
     made = tuple(dict.fromkeys(each.join.outputs[0] for each in sublayers))
     read = tuple(dict.fromkeys(name for each in sublayers for name in (each.start, each.stream)))
     runs = (
-        stream(with_outputs(model, names, keep=False), data, names, options=options, rows=_RUN_ROWS)
-        for model, names in ((teacher, made), (student, read))
+        stream(with_outputs(model, names, keep=False), data, names, options=options) for model, names in ((teacher, made), (student, read))
     )
     for (batch, wanted), (_, given) in zip(*runs, strict=True):
         for each in sublayers:

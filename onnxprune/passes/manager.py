@@ -314,6 +314,7 @@ class _Search:
         kinds = " and ".join(sorted({site.kind for site in self.bench.sites}))
         most = [f"every {kinds} unit removed"] if kinds else []
         most += ["every product in int8"] if self.shipping.scheme else []
+        most += [f"{len(self.study.shallow.replaced)} of the sublayers replaced"] if self.study.shallow else []
         raise TargetError(
             f"target {self.settings.target} cannot be met: it asks for {goal:.4g} {words}, and with {' and '.join(most) or 'the rewrites'} "
             f"the model still takes {table.floor:.4g} {words} ({100 * table.floor / given:.0f}% of the file as given). "

@@ -30,8 +30,8 @@ from onnxprune.verification import Yardstick, compare
 log = logging.getLogger(__name__)
 
 _FIT_ROWS = 256
-_TRIED = 128
-"""Most rows that judge every substitute."""
+_TRIED, _GLANCED = 128, 32
+"""Most rows that judge substitutes of what may go next, and those of all sublayers at first."""
 
 _HALF = 0.5
 """Of what may be lost, depth takes this part at most: the rest is for what follows."""
@@ -54,7 +54,7 @@ def decide_depth(study_: Study, data: CalibrationData, settings: Settings, progr
             raise NothingPrunable(str(models))
         return decide(replace(study_, refusals=(*study_.refusals, models)), data, settings, progress)
     if settings.target.auto:
-        return around.search(around.within_limit(models))
+        return around.down(models)
     return around.better_of_two(models) if others else around.deep_enough(models)
 
 
@@ -89,6 +89,7 @@ class _Around:
         bench = Bench(
             split(self.data, self.settings)[0].take(slice(0, _FIT_ROWS)),
             self.yardstick(_TRIED),
+            self.yardstick(_GLANCED),
             self.request,
             self.settings.runtime,
             (*self.settings.keep, *self.settings.exclude),
@@ -104,15 +105,20 @@ class _Around:
             log.info("layers: without %s", ", ".join(item.label for item in shallow.replaced))
         return decide(study_, self.data, self.settings, self.progress)
 
-    def within_limit(self, models: Iterator[Shallow]) -> Shallow | None:
-        """The shallowest model that loses half of what may be lost; the other half is for what follows."""
+    def down(self, models: Iterator[Shallow]) -> Decision:
+        """The search on the deepest model that loses half of what may be lost, or on less deep ones while other rows disagree with that."""
         limit = _HALF * (MOST_DROP if self.settings.max_drop is None else self.settings.max_drop)
 
         def fits(shallow: Shallow) -> bool:
             options, seed = self.settings.runtime, self.settings.recipe.seed
             return compare(self.study.given, shallow.model, self.judges, self.objective, options, seed).loss[1] <= limit
 
-        return _last(takewhile(fits, models))
+        for shallow in reversed(list(takewhile(fits, models))):
+            try:
+                return self.search(shallow)
+            except TargetError as error:
+                log.info("layers: %s", error)
+        return self.search(None)
 
     def deep_enough(self, models: Iterator[Shallow]) -> Decision:
         """The deepest model that meets the target; depth alone decides."""
@@ -120,12 +126,17 @@ class _Around:
             return self.search(None)
         except TargetError as error:
             failure = error
+        untried = None
         for shallow in models:
+            untried = shallow
             if self._promising(shallow):
+                untried = None
                 try:
                     return self.search(shallow)
                 except TargetError as error:
                     failure = error
+        if untried is not None:
+            return self.search(untried)  # an error that says how far depth goes
         raise failure
 
     def _promising(self, shallow: Shallow) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import onnxprune
 from onnxprune.calibration.source import load_calibration
 from onnxprune.calibration.stream import stream
-from onnxprune.errors import InputError, NothingPrunable
+from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.layers import Sublayer, find_sublayers, substitute
@@ -22,6 +22,7 @@ from onnxprune.passes import layers, shallow
 from onnxprune.passes.decision import Decision, split
 from onnxprune.passes.layers import fitted
 from onnxprune.passes.manager import decide
+from onnxprune.passes.scope import Study
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.verification import Yardstick
 from tests import zoo
@@ -127,6 +128,27 @@ def test_rows_that_choose_what_goes_are_not_in_the_report_and_polish_follows_the
     assert result.comparison is not None
     assert result.comparison.samples == 8
     assert result.record["polish"]["after"] < result.record["polish"]["before"]
+
+
+@pytest.mark.usefixtures("unbounded")
+def test_a_target_out_of_reach_says_how_far_depth_goes() -> None:
+    with pytest.raises(TargetError, match=r"with 5 of the sublayers replaced the model still takes"):
+        onnxprune.plan(zoo.path(BERT), calib=arrays(BERT), passes="layers", target_macs="0.1%", **COUNTED)
+
+
+@pytest.mark.usefixtures("unbounded")
+def test_without_a_target_depth_steps_back_where_other_rows_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int] = []
+
+    def refused(study_: Study, *arguments: Any) -> Decision:
+        depths.append(len(study_.shallow.replaced) if study_.shallow else 0)
+        raise TargetError("other rows lose more")
+
+    monkeypatch.setattr(shallow, "decide", refused)
+    with pytest.raises(TargetError):
+        onnxprune.plan(zoo.path(BERT), calib=arrays(BERT), passes="layers", max_drop="99%", finishing=False)
+    assert depths == list(range(depths[0], -1, -1))
+    assert depths[0] > 1
 
 
 def test_families_are_decided_without_depth(tmp_path: Path) -> None:
