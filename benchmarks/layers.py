@@ -25,7 +25,7 @@ from onnxprune.graph.model import load
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.int8 import timed
-from onnxprune.passes.layers import fitted, label
+from onnxprune.passes.layers import fitted, site_names
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.verification import Yardstick
@@ -49,7 +49,7 @@ def of_task(name: str, models: Path | None, rows: int) -> list[dict[str, Any]]:
     whole = timed(finish(model, rewrites), feeds, OPTIONS)
     found = []
     for members in [*((each,) for each in sublayers), *itertools.pairwise(sublayers)]:
-        row: dict[str, Any] = {"sublayers": [label(each, anatomy) for each in members]}
+        row: dict[str, Any] = {"sublayers": [site_names(each, anatomy)[0] for each in members]}
         for kind in substitutes[members[0].name]:
             small = substitute(model, sublayers, {each.name: substitutes[each.name][kind] for each in members})
             calls = {"whole": whole, "small": timed(finish(small, rewrites), feeds, OPTIONS)}

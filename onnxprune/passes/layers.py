@@ -20,6 +20,7 @@ from onnxprune.calibration.stream import stream
 from onnxprune.compensate.ridge import NormalEquations
 from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Anatomy
+from onnxprune.graph.depth import DEPTHS
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.layers import Sublayer, Substitute, find_sublayers, substitute
 from onnxprune.graph.macs import count_macs
@@ -111,8 +112,8 @@ def shallower_models(anatomy: Anatomy, bench: Bench) -> Iterator[Shallow] | Refu
     if model.paged:
         return Refusal("OP802", "layers", "the model is too large to try it without each of its sublayers", "use heads, ffn and int8")
     sublayers = find_sublayers(anatomy.view, anatomy.profile)
-    labels = {each.name: label(each, anatomy) for each in sublayers}
-    open_ = [each for each in sublayers if not any(re.search(pattern, labels[each.name]) for pattern in bench.protected)]
+    names = {each.name: site_names(each, anatomy) for each in sublayers}
+    open_ = [each for each in sublayers if not any(re.search(pattern, name) for pattern in bench.protected for name in names[each.name])]
     if not open_:
         found = (
             "all of them are protected by --keep or --exclude" if sublayers else "no branch reads one residual stream and is added to it"
@@ -120,7 +121,7 @@ def shallower_models(anatomy: Anatomy, bench: Bench) -> Iterator[Shallow] | Refu
         return Refusal(
             "OP801", "layers", f"no sublayer can be replaced: {found}", "leave layers out; heads and ffn need no residual stream"
         )
-    return _descent(model, anatomy, open_, sublayers, labels, bench)
+    return _descent(model, anatomy, open_, sublayers, {name: inside[0] for name, inside in names.items()}, bench)
 
 
 def _descent(
@@ -211,7 +212,7 @@ def _substitutes(sums: NormalEquations) -> dict[str, Substitute]:
     }
 
 
-def label(sublayer: Sublayer, anatomy: Anatomy) -> str:
-    """The name of the site inside, such as ``layer.3.ffn``; that of the sublayer where it has none."""
-    inside = (site.name for site in anatomy.sites if site.consumers[0].leaf.node.index in sublayer.nodes)
-    return next(inside, sublayer.name)
+def site_names(sublayer: Sublayer, anatomy: Anatomy) -> tuple[str, ...]:
+    """Names of the sites inside, such as ``layer.3.ffn``, directions inside heads last; that of the sublayer where it has none."""
+    inside = [site for site in anatomy.sites if site.consumers[0].leaf.node.index in sublayer.nodes]
+    return tuple(site.name for site in sorted(inside, key=lambda site: site.kind in DEPTHS)) or (sublayer.name,)

@@ -23,7 +23,7 @@ from onnxprune.graph.vocabulary import VocabMap, cut_vocabulary
 from onnxprune.passes.base import RewritePass, WholePass, WidthPass, ordered, select
 from onnxprune.passes.hidden import Narrowed, narrow_streams
 from onnxprune.passes.int8 import Int8Choice
-from onnxprune.passes.layers import Shallow, label
+from onnxprune.passes.layers import Shallow, site_names
 from onnxprune.passes.tokens import TokenPolicy
 from onnxprune.passes.vocab import Reduction, choose_vocabularies
 from onnxprune.passes.workbench import Recipe
@@ -149,7 +149,7 @@ def understand(
         anatomy = with_depths(anatomy, kinds)
     found = [site for site in anatomy.sites if site.kind in kinds]
     sublayers = find_sublayers(anatomy.view, anatomy.profile) if "layers" in asked and not anatomy.model.paged else ()
-    sites = _scope(found, settings, tuple(label(sublayer, anatomy) for sublayer in sublayers))
+    sites = _scope(found, settings, [name for sublayer in sublayers for name in site_names(sublayer, anatomy)])
     refusals = (
         *(refusal for refusal in anatomy.refusals if _concerns(refusal, kinds)),
         *words.refusals,

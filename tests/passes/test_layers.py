@@ -12,7 +12,9 @@ import onnxprune
 from onnxprune.calibration.source import load_calibration
 from onnxprune.calibration.stream import stream
 from onnxprune.errors import InputError, NothingPrunable, TargetError
+from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.depth import with_depths
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.layers import Sublayer, find_sublayers, substitute
 from onnxprune.graph.model import Model, load
@@ -20,7 +22,7 @@ from onnxprune.graph.view import GraphView
 from onnxprune.options import settings
 from onnxprune.passes import layers, shallow
 from onnxprune.passes.decision import Decision, split
-from onnxprune.passes.layers import fitted
+from onnxprune.passes.layers import fitted, site_names
 from onnxprune.passes.manager import decide
 from onnxprune.passes.scope import Study
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
@@ -112,6 +114,14 @@ def test_protected_sublayers_stay() -> None:
     options: dict[str, Any] = {"passes": "layers", "target_macs": "70%", **COUNTED}
     with pytest.raises(NothingPrunable, match="OP801 layers: no sublayer can be replaced: all of them are protected"):
         onnxprune.plan(zoo.path(BERT), calib=arrays(BERT), keep=["layer"], **options)
+
+
+def test_an_attention_is_known_by_its_heads_whatever_else_is_cut_in_it() -> None:
+    model, profile = canonicalise(load(zoo.path(VIT)))
+    known = with_depths(study(model, profile))
+    names = [site_names(each, known) for each in find_sublayers(known.view, known.profile)]
+    assert ("layer.0.heads", "layer.0.qk", "layer.0.vo") in names
+    assert ("layer.0.ffn",) in names
 
 
 @pytest.mark.parametrize(("pattern", "found"), [("layer.9", "matches no site"), ("(", "is not a regular expression")])
