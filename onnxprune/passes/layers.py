@@ -18,7 +18,7 @@ from scipy import linalg
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.stream import stream
 from onnxprune.compensate.ridge import NormalEquations
-from onnxprune.errors import Refusal
+from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.depth import DEPTHS
 from onnxprune.graph.instrument import with_outputs
@@ -186,7 +186,9 @@ def fitted(
     runs = (
         stream(with_outputs(model, names, keep=False), data, names, options=options) for model, names in ((teacher, made), (student, read))
     )
-    for (batch, wanted), (_, given) in zip(*runs, strict=True):
+    for (batch, wanted), (same, given) in zip(*runs, strict=True):
+        if not np.array_equal(batch.index, same.index):
+            raise InputError("short of memory: one model ran on fewer rows at a time than the other; free some, or leave layers out")
         for each in sublayers:
             x, base = (given[name].reshape(-1, each.width) for name in (each.start, each.stream))
             real = batch.real_rows(len(x))

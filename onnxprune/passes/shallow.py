@@ -14,17 +14,22 @@ from itertools import takewhile
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import Objective, choose_objective
 from onnxprune.errors import NothingPrunable, Refusal, TargetError
+from onnxprune.graph.macs import total_macs
+from onnxprune.graph.model import Model
+from onnxprune.graph.profile import shapes_of
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.decision import JUDGES, Decision, judging_rows, split
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.layers import COLLAPSE, Bench, Shallow, shallower_models
 from onnxprune.passes.manager import MOST_DROP, decide
+from onnxprune.passes.meter import UNITS
 from onnxprune.passes.scope import Settings, Study, of_shallow
 from onnxprune.passes.workbench import Progress
 from onnxprune.request import examples, request_feeds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import Feeds
+from onnxprune.search.costs import counted
 from onnxprune.verification import Yardstick, compare
 
 log = logging.getLogger(__name__)
@@ -140,15 +145,24 @@ class _Around:
         raise failure
 
     def _promising(self, shallow: Shallow) -> bool:
-        """Whether a model is not far too slow for a share of the time."""
+        """Whether a model is not far too large or too slow; of milliseconds only a share can be told from a share."""
         target, runtime = self.settings.target, self.settings.runtime
-        if target.quantity != "latency" or not target.relative:
+        if target.quantity != "latency":
+            return self._counted(shallow.model) <= target.absolute(self._counted(self.study.whole)) * _NEARLY
+        if not target.relative:
             return True
         rewrites = finishing(runtime.short_provider) if self.settings.finishing else ()
         models = {"given": self.study.given, "shallow": finish(shallow.model, rewrites)}
         calls = {name: timed(model, self.request, runtime) for name, model in models.items()}
         timings = time_sessions(calls, clock=clock_for(runtime), seed=self.settings.recipe.seed, rounds=21, max_seconds=5.0)
         return ratio(timings, "shallow", "given").median <= target.absolute(1.0) * _NEARLY
+
+    def _counted(self, model: Model) -> float:
+        """Multiply-adds, parameters or bytes, whichever the target counts."""
+        unit = UNITS[self.settings.target.quantity]
+        if unit == "params" or unit == "bytes":
+            return counted(model, unit)
+        return float(total_macs(model, shapes_of(model, self.request)))
 
     def better_of_two(self, models: Iterator[Shallow]) -> Decision:
         """The decision with all sublayers, or the one without those whose loss is within half of what the first one loses."""
