@@ -36,7 +36,7 @@ More helps where class rows are many for the width (a small ViT: KL -40 % agains
 (a text model: +8 %, at 1.0 +29 %)."""
 
 
-_ROUND_SHARE = 0.8
+_ROUND_SHARE = 0.7
 """A round leaves at most this share of what can be removed, unless that takes more rounds than asked for."""
 
 
@@ -152,7 +152,7 @@ class Descent:
 
 
 def rounds_to(table: CostTable, budget: float, most: int, cost: float) -> int:
-    """Rounds that lead from ``cost`` to ``budget``: at most ``most``, fewer where none would remove a fifth of what can be."""
+    """Rounds that lead from ``cost`` to ``budget``: at most ``most``, fewer where none would remove three tenths of what can be."""
     share = (budget - table.fixed) / max(cost - table.fixed, 1e-30)
     return min(most, max(1, math.ceil(math.log(max(share, 1e-9)) / math.log(_ROUND_SHARE))))
 
@@ -175,7 +175,7 @@ def descend(
     each is cut and re-fitted, and the model decides.
 
     Args:
-        rounds: most rounds; fewer where none would remove a fifth of what can be.
+        rounds: most rounds; fewer where none would remove three tenths of what can be.
         start: where to begin, the dense model if None; only units that it keeps can stay.
         first: scores of ``start``, if they are known.
         error: of a student against the original, on rows that judge; None trusts saliencies.
