@@ -375,7 +375,7 @@ def test_an_unexpected_error_is_called_a_bug(folder: Path, monkeypatch: pytest.M
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("a screw is loose")
 
-    monkeypatch.setattr(api, "decide", broken)
+    monkeypatch.setattr(api, "decide_depth", broken)
     fails(folder, 1, "RuntimeError: a screw is loose", *prune())
     result = run(*prune("-v"))
     assert result.exit_code == 1

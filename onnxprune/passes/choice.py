@@ -102,8 +102,11 @@ def offers_of(bench: Workbench, scores: Scores, *, timed: bool) -> dict[str, tup
         saliency = np.sort(scores.saliency[site.name])
         count = len(saliency)
         step = _step(bench, site) if timed else 1
-        kept = np.unique(np.concatenate([np.arange(0, count + 1, step), [count]]))
-        kept = kept[kept >= min(site.least, count)]
+        least = min(site.least, count)
+        # The rank that is left to heads that are gone must cost no more than it has to.
+        ends = [least, count] if site.kind in DEPTHS else [count]
+        kept = np.unique(np.concatenate([np.arange(0, count + 1, step), ends]))
+        kept = kept[kept >= least]
         offers[site.name] = kept, np.concatenate([[0.0], np.cumsum(saliency)])[count - kept]
     return offers
 

@@ -56,13 +56,17 @@ def curvature_scores(
         progress: called with (batches done, batches in all).
     """
     view = GraphView(student)
-    readers = {site.name: _reader(anatomy, site, view, kept) for site in sites if len(kept[site.name])}
-    assert all(isinstance(reader, Reader) for reader in readers.values())
-    found: dict[str, Reader] = {name: reader for name, reader in readers.items() if isinstance(reader, Reader)}
-    if not found:
-        return {site.name: np.zeros(0) for site in sites}
-    inputs, gradients, samples = _moments(student, found, objective, targets, draw, options, progress)
     scores = {site.name: np.zeros(len(kept[site.name])) for site in sites}
+    found: dict[str, Reader] = {}
+    for site in sites:
+        # Heads of which no direction is left are read by nothing: they cost nothing to remove.
+        if len(kept[site.name]) and all(consumer.tensor in view.producer for consumer in site.consumers):
+            reader = _reader(anatomy, site, view, kept)
+            assert isinstance(reader, Reader)
+            found[site.name] = reader
+    if not found:
+        return scores
+    inputs, gradients, samples = _moments(student, found, objective, targets, draw, options, progress)
     with threadpool_limits(options.threads or None):
         for name, reader in found.items():
             weight = view.value(reader.node.inputs[reader.slot])

@@ -61,10 +61,9 @@ def _by_gradients(bench: Workbench, student: Student, draw: int, criterion: Crit
     assert criterion.score is not None
     classes = (bench.targets.classes(),) if criterion.needs == "classes" else ()
     gradients = gathered(_gradients(bench, student, bench.sites, draw))
-    scores = {site: criterion.score(values, *classes) for site, values in gradients.items()}
-    return Scores(
-        {site.name: scores.get(site.name, np.zeros(0)) for site in bench.sites}, gradients if criterion.name == "block-fisher" else None
-    )
+    scores = {site.name: np.zeros(len(student.kept[site.name])) for site in bench.sites}
+    scores |= {site: criterion.score(values, *classes) for site, values in gradients.items()}
+    return Scores(scores, gradients if criterion.name == "block-fisher" else None)
 
 
 def _by_leaving_out(bench: Workbench, student: Student, draw: int) -> Scores:
@@ -92,7 +91,7 @@ def _by_curvature(bench: Workbench, student: Student, draw: int) -> Scores:
 
 def _by_fisher(bench: Workbench, student: Student, sites: Sequence[Site], draw: int) -> dict[str, np.ndarray]:
     sums = fisher_sums(_gradients(bench, student, sites, draw))
-    return {site.name: sums.mean(site.name) if site.name in sums else np.zeros(0) for site in sites}
+    return {site.name: sums.mean(site.name) if site.name in sums else np.zeros(len(student.kept[site.name])) for site in sites}
 
 
 def _gradients(bench: Workbench, student: Student, sites: Sequence[Site], draw: int) -> Iterator[dict[str, np.ndarray]]:

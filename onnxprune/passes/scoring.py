@@ -57,9 +57,11 @@ def mask_gradients(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units].
 
-    A paged student is walked piece by piece: all batches of the last sites come first, and a batch comes once for each group of sites.
+    Sites that nothing reads any more, as queries and keys of an attention without values, are left out. A paged student is walked piece by
+    piece: all batches of the last sites come first, and a batch comes once for each group of sites.
     """
-    alive = [site for site in sites if len(kept[site.name])]
+    computed = GraphView(student).producer
+    alive = [site for site in sites if len(kept[site.name]) and all(consumer.tensor in computed for consumer in site.consumers)]
     if not alive:
         return
     student, reads = _own_reads(student, alive)

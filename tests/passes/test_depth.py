@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,17 @@ from onnxprune.graph.profile import shapes_of
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.turning import turned
 from onnxprune.options import settings
+from onnxprune.passes.choice import choose
 from onnxprune.passes.depth import choose_bases
+from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scope import understand
+from onnxprune.passes.workbench import Scores, dense_student
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.search.costs import counted_costs
 from onnxprune.search.plan import load_plan
 from tests import zoo
 from tests.graph.pruning import random_kept
-from tests.passes.cases import BERT, LLAMA, VIT, anatomy, arrays, calibration
+from tests.passes.cases import BERT, LLAMA, VIT, anatomy, arrays, calibration, linear_table, workbench
 
 
 @pytest.mark.parametrize(("name", "passes", "share"), [(VIT, "qk", 0.7), (BERT, "heads,ffn,qk,vo", 0.6), (LLAMA, "vo", 0.94)])
@@ -73,6 +77,30 @@ def test_costs_of_heads_and_of_their_depth_multiply(name: str) -> None:
             assert table.predict({site: len(units) for site, units in kept.items()}) == pytest.approx(
                 total_macs(sliced, shapes_of(sliced, feeds)), rel=1e-9
             )
+
+
+@pytest.mark.parametrize("importance", ["kfac", "fisher", "taylor"])
+def test_depth_of_heads_that_are_gone_is_worth_nothing(importance: str) -> None:
+    known = with_depths(anatomy(VIT))
+    bench = replace(workbench(VIT, importance=importance), anatomy=known, sites=known.of_kind(["heads", "ffn", "qk", "vo"]))
+    kept = {site.name: np.arange(site.units) for site in bench.sites}
+    student = cut(bench, {**kept, "layer.1.heads": np.arange(0)})
+    scores = score(bench, student, 1).saliency
+    assert {site: len(saliency) for site, saliency in scores.items()} == student.counts
+    assert not scores["layer.1.qk"].any()
+    assert not scores["layer.1.vo"].any()
+    assert scores["layer.0.qk"].any()
+
+
+def test_time_can_go_down_to_the_least_depth() -> None:
+    known = with_depths(anatomy(VIT))
+    bench = replace(workbench(VIT), anatomy=known, sites=known.of_kind(["heads", "qk"]))
+    scores = Scores({site.name: np.arange(1.0, site.units + 1) for site in bench.sites})
+    table = linear_table(bench.sites)
+    least = table.predict({site.name: site.least for site in bench.sites})
+    kept = choose(bench, dense_student(known, bench.sites), scores, table, least * 1.001)
+    assert kept is not None
+    assert {site.name: len(kept[site.name]) for site in bench.sites} == {site.name: site.least for site in bench.sites}
 
 
 def test_scores_without_gradients_do_not_know_directions_of_queries() -> None:
