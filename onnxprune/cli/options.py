@@ -220,7 +220,7 @@ deciding_options = stack(
     option(
         "--token-policy",
         heading="What to prune",
-        type=click.Choice(["auto", "drop", "package", "merge", "drop-merge", "static", "threshold"]),
+        type=click.Choice(["auto", "drop", "package", "merge", "drop-merge", "static", "grid", "threshold"]),
         default="auto",
         show_default=True,
         help="What becomes of tokens that the tokens pass takes out: nothing, one token of their mean, or part of the most similar one.",

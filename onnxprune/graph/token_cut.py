@@ -93,7 +93,7 @@ class _Cutter:
         self.biases: dict[tuple[int, int], str] = {}
         self.bias_slots = dict(self._bias_slot(self.view.nodes[index]) for index in sorted(axis.attentions))
         self.masks = masks_of(self.view, axis)
-        if plan.policy in MERGING and (self.masks or any(uniform_value(self.view, name) is None for name in axis.sides)):
+        if plan.policy in (*MERGING, "grid") and (self.masks or any(uniform_value(self.view, name) is None for name in axis.sides)):
             raise CannotCut("tokens cannot merge where masks or positions meet them")
         if plan.policy == "package" and axis.returned:
             raise CannotCut("a package of tokens has no row of its own in the output")
@@ -102,6 +102,7 @@ class _Cutter:
         self.stretches = [Stretch(count)]
         self.left = 1.0
         self.positions: np.ndarray | None = None
+        self.masses: np.ndarray | None = None
         self.attention = Attention(self.e, self.view, profile, axis, self._version_for, self.biases)
         self._sizes = batch, count
         self.returning = Return(self.e, batch) if axis.returned else None
@@ -143,6 +144,10 @@ class _Cutter:
         if policy == "static":
             features, after = self.choice.keep(features, self._fixed(cut))
             steps.append(after)
+        elif policy == "grid":
+            joins, masses = self._joins(cut)
+            features, after = self.choice.join(features, joins, masses)
+            steps.append(after)
         elif policy != "merge":
             if cut.softmax not in self.maps:
                 raise CannotCut(f"the attention {cut.softmax!r} is not in this model; the plan was made for another file")
@@ -181,6 +186,19 @@ class _Cutter:
         if not set(range(self.axis.leading)) < set(cut.positions) <= set(there.tolist()) or (np.diff(self.positions) < 1).any():
             raise CannotCut(f"the positions that stay at {cut.place!r} are not there in this model; the plan was made for another file")
         return np.searchsorted(there, self.positions)
+
+    def _joins(self, cut: TokenCut) -> tuple[np.ndarray, np.ndarray]:
+        """What each token becomes part of, int64 [N], and for how many it stands, [N]."""
+        if self.axis.count is None:
+            raise CannotCut("rows of a grid cannot merge: tokens are not as many in all samples")
+        masses = np.ones(self.axis.count) if self.masses is None else self.masses
+        joins, lead = np.array(cut.joins, np.int64), self.axis.leading
+        numbers = np.arange(joins.max(initial=-1) + 1)
+        leading = np.array_equal(joins[:lead], np.arange(lead)) and (joins[lead:] >= lead).all()
+        if len(joins) != len(masses) or not leading or not np.array_equal(np.unique(joins), numbers):
+            raise CannotCut(f"the tokens that merge at {cut.place!r} are not there in this model; the plan was made for another file")
+        self.masses = np.bincount(joins, masses)
+        return joins, masses
 
     # Nodes.
 

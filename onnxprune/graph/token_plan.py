@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from onnxprune.errors import InputError
 
-Policy = Literal["drop", "package", "merge", "drop-merge", "static", "threshold"]
-POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge", "static", "threshold")
+Policy = Literal["drop", "package", "merge", "drop-merge", "static", "grid", "threshold"]
+POLICIES: tuple[Policy, ...] = ("drop", "package", "merge", "drop-merge", "static", "grid", "threshold")
 MERGING: frozenset[Policy] = frozenset({"merge", "drop-merge"})
+"""Those that merge what is alike in each sample."""
 RANKING: frozenset[Policy] = frozenset({"drop", "package", "drop-merge"})
 """Those that keep a number of tokens, whatever score ranks them."""
 
@@ -24,7 +25,8 @@ class TokenCut:
 
     ``block`` counts the places, from 0. ``positions``: where those that stay are among all tokens, rising; empty if samples decide it.
     ``threshold``: attention that a token must get, as a multiple of the mean over the tokens of its sample; None if a number of them stays.
-    The share is then what stays on average. ``predictor``: weights [C] on the unit features at the place, whose product with them is the
+    The share is then what stays on average. ``joins``: for every token in front of the place, which of those behind it it becomes part of;
+    empty if samples decide it. ``predictor``: weights [C] on the unit features at the place, whose product with them is the
     score of a token; empty if it is the attention that the token gets.
     """
 
@@ -33,6 +35,7 @@ class TokenCut:
     share: float
     block: int
     positions: tuple[int, ...] = ()
+    joins: tuple[int, ...] = ()
     threshold: float | None = None
     predictor: tuple[float, ...] = ()
 
@@ -41,7 +44,7 @@ class TokenCut:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenCut:
-        return cls(**{**content, **{name: tuple(content.get(name, ())) for name in ("positions", "predictor")}})
+        return cls(**{**content, **{name: tuple(content.get(name, ())) for name in ("positions", "joins", "predictor")}})
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class TokenPlan:
 
     ``drop``: nothing. ``package``: their mean is one more token, which later cuts add to (SPViT; EViT). ``merge``: the most similar pairs
     become one (ToMe). ``drop-merge``: one half leaves, the least attended; then similar pairs become one (after DiffRate).
-    ``static``: nothing, and it is the same positions in every sample (Patch Slimming).
+    ``static``: nothing, and it is the same positions in every sample (Patch Slimming). ``grid``: neighbouring rows or columns of patches
+    become one, the same in every sample, so that what is left is a grid again (after CAIT).
     ``threshold``: nothing, and each sample keeps as many tokens as get enough attention (LTP).
     """
 
@@ -60,7 +64,7 @@ class TokenPlan:
     @property
     def score(self) -> str:
         """What ranks tokens: ``attention``, ``predictor`` or, if nothing does, ``none``."""
-        if self.policy in ("merge", "static"):
+        if self.policy in ("merge", "static", "grid"):
             return "none"
         return "predictor" if any(cut.predictor for cut in self.cuts) else "attention"
 
@@ -73,8 +77,8 @@ class TokenPlan:
         return {"policy": self.policy, "cuts": [cut.as_dict() for cut in self.cuts]}
 
     def summary(self) -> dict[str, Any]:
-        """As a report tells it: predictors without their weights."""
-        cuts = [replace(cut, predictor=()).as_dict() for cut in self.cuts]
+        """As a report tells it: without the weights of predictors, and what joins what."""
+        cuts = [replace(cut, joins=(), predictor=()).as_dict() for cut in self.cuts]
         return {"policy": self.policy, "score": self.score, "cuts": cuts}
 
     @classmethod

@@ -65,6 +65,24 @@ class Choice:
         kept = self.e.op("Gather", features, self.e.array(fixed), axis=1)
         return kept, Stretch(self.e.int64([len(fixed)]), weights=self.e.array(each), fixed=fixed)
 
+    def join(self, features: str, joins: np.ndarray, masses: np.ndarray) -> tuple[str, Stretch]:
+        """Tokens become the means that they are part of, the same in every sample: a product with one constant matrix.
+
+        Args:
+            joins: for each token that is there, the number of its mean, int64 [N].
+            masses: how many tokens each stands for, [N].
+        """
+        e = self.e
+        sums = np.bincount(joins, masses).astype(np.float32)
+        means = np.zeros((len(sums), len(joins)), np.float32)
+        means[joins, np.arange(len(joins))] = masses / sums[joins]
+        # As the left factor: what quantizes or trains matrices looks for constants on the right.
+        joined = e.op("MatMul", e.array(means), features)
+        sizes = e.array(sums[None])
+        first = np.unique(joins, return_index=True)[1]
+        count = e.int64([len(sums)])
+        return joined, Stretch(count, self._row(e.array(first)), sizes, sizes, moves=self._row(e.array(joins)))
+
     def select(self, features: str, scores: str, share: float, before: Stretch, package: bool) -> tuple[str, Stretch]:
         """Keep the ``share`` of all tokens that scores highest; returns their features [B, K, C], and what they are.
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from onnxprune.graph.token_policy import kept_of
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import WholePass
 from onnxprune.passes.int8 import timed
+from onnxprune.passes.token_lines import Grid, Patches, fewer, joins_of, patches_by_place
 from onnxprune.passes.token_predictor import fit_predictors
 from onnxprune.passes.token_ranks import attention_received, nested, rank_positions, thresholds
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
@@ -40,7 +41,7 @@ TOKENS = WholePass(
     ),
 )
 
-TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge", "static", "threshold"]
+TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge", "static", "grid", "threshold"]
 
 _SIDE_BY_SIDE = 6
 
@@ -190,6 +191,10 @@ class Planner:
     def predictors(self) -> dict[str, tuple[float, ...]]:
         return fit_predictors(self.model, self.calibration, self.options)
 
+    @cached_property
+    def patches(self) -> tuple[Grid, dict[str, Patches]]:
+        return patches_by_place(self.model, self.calibration, self.options)
+
     def plan(self, policy: Policy, predicted: bool, shares: Sequence[float]) -> TokenPlan:
         """Cuts only where the share falls; merging takes no more than it can of the tokens that it finds at one place.
 
@@ -212,12 +217,30 @@ class Planner:
             cuts = [replace(cut, threshold=round(value, 5)) for cut, value in zip(cuts, found, strict=True)]
         if predicted:
             cuts = [replace(cut, predictor=self.predictors.get(cut.place, ())) for cut in cuts]
-        return TokenPlan(policy, tuple(self._with_positions(cuts) if policy == "static" else cuts))
+        if policy == "static":
+            cuts = self._with_positions(cuts)
+        if policy == "grid":
+            cuts = self._with_joins(cuts)
+        return TokenPlan(policy, tuple(cuts))
 
     def _with_positions(self, cuts: Sequence[TokenCut]) -> list[TokenCut]:
         ranks = [self.ranks[cut.place] for cut in cuts]
         keep = [self.axis.leading + kept_of(cut.share, len(rank) - self.axis.leading) for cut, rank in zip(cuts, ranks, strict=True)]
         return [replace(cut, positions=positions) for cut, positions in zip(cuts, nested(ranks, keep), strict=True)]
+
+    def _with_joins(self, cuts: Sequence[TokenCut]) -> list[TokenCut]:
+        """A line goes as a whole, so that a place may leave fewer than its share; one at which no line has to go is none."""
+        first, patches = self.patches
+        grids = [first]
+        for cut in cuts:
+            grids.append(fewer(grids[-1], patches[cut.place], kept_of(cut.share, first.count)))
+        found = zip(cuts, joins_of(grids, self.axis.leading), pairwise(grids), strict=True)
+        whole = all(cut.share == 1 for cut in cuts)
+        return [
+            replace(cut, joins=joins, share=round(after.count / first.count, 4))
+            for cut, joins, (before, after) in found
+            if whole or after.count < before.count
+        ]
 
 
 def _check(model: Model, cut: Model, batch: Batch, options: RuntimeOptions) -> None:

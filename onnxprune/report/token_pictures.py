@@ -21,6 +21,7 @@ FATES = {
     "merge": "Those that left have joined the one most like them",
     "drop-merge": "Of those that left, one half joined the one most like them",
     "static": "The same leave in every sample",
+    "grid": "Neighbouring rows and columns have become one, the same in every sample",
 }
 
 

@@ -37,6 +37,11 @@ def falling(policy: Policy) -> TokenPlan:
     cuts = [replace(cut, share=share) for cut, share in zip(plan.cuts, SHARES, strict=True)]
     if policy == "static":
         cuts = [replace(cut, positions=(0, *range(1 + number, 50 - 8 * number))) for number, cut in enumerate(cuts)]
+    if policy == "grid":
+        there = 50
+        for number, cut in enumerate(cuts):
+            joins = (0, *(1 + max(place - number, 0) for place in range(there - 1)))
+            cuts[number], there = replace(cut, joins=joins), max(joins) + 1
     return TokenPlan(policy, tuple(cuts))
 
 

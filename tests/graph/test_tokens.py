@@ -48,6 +48,9 @@ def plan_of(axis: TokenAxis, share: float, policy: Policy = "drop") -> TokenPlan
     if policy == "static" and axis.count is not None:
         positions = (*range(axis.leading), *range(axis.leading, axis.count)[:: round(1 / share)])
         cuts = tuple(replace(cut, positions=positions) for cut in cuts)
+    if policy == "grid" and axis.count is not None:
+        fewer = (*range(axis.leading), *(axis.leading + number // round(1 / share) for number in range(axis.count - axis.leading)))
+        cuts = tuple(replace(cut, joins=tuple(range(max(fewer) + 1)) if number else fewer) for number, cut in enumerate(cuts))
     if policy == "threshold":
         cuts = tuple(replace(cut, threshold=0.0 if share == 1 else 0.99) for cut in cuts)
     return TokenPlan(policy, cuts)
@@ -138,7 +141,7 @@ def _named(hidden: list[np.ndarray]) -> dict[str, np.ndarray]:
 def test_nothing_changes_while_all_tokens_stay(name: str, variant: str, policy: Policy) -> None:
     model, _, axis = prepared(name, variant)
     feeds = synthetic_feeds(model)
-    unfit = {"package": PLACED, "merge": PLACED + TEXTS, "drop-merge": PLACED + TEXTS, "static": TEXTS}
+    unfit = {"package": PLACED, "merge": PLACED + TEXTS, "drop-merge": PLACED + TEXTS, "static": TEXTS, "grid": PLACED + TEXTS}
     if (name, variant) in unfit.get(policy, []):
         with pytest.raises(CannotCut, match="positions"):
             cut_tokens(model, plan_of(axis, 1.0, policy))
@@ -210,6 +213,7 @@ def test_plans_are_stored_with_positions_and_thresholds() -> None:
         TokenCut("a", "s", 0.5, 0, positions=(0, 2)),
         TokenCut("b", "t", 0.25, 1, threshold=0.0, predictor=(0.5, -1.0)),
         TokenCut("c", "u", 0.1, 2),
+        TokenCut("d", "v", 0.1, 3, joins=(0, 1, 1)),
     )
     plan = TokenPlan("threshold", cuts)
     assert TokenPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
@@ -221,6 +225,14 @@ def test_positions_that_are_not_there_are_refused() -> None:
     for positions in ((1, 2), (0, 2, 2), (0, 3, 99)):
         with pytest.raises(CannotCut, match="another file"):
             cut_tokens(model, TokenPlan("static", (replace(plan_of(axis, 0.5).cuts[0], positions=positions),)))
+
+
+def test_joins_that_do_not_fit_are_refused() -> None:
+    model, _, axis = prepared("vit", "do18-sdpa")
+    first, *_ = plan_of(axis, 0.5, "grid").cuts
+    for joins in ((), first.joins[:-1], (0, *(2 for _ in first.joins[1:])), (1, 0, *first.joins[2:]), tuple(0 for _ in first.joins)):
+        with pytest.raises(CannotCut, match="another file"):
+            cut_tokens(model, TokenPlan("grid", (replace(first, joins=joins),)))
 
 
 def test_a_plan_for_another_file_is_refused() -> None:
@@ -275,6 +287,31 @@ def two_blocks() -> Model:
     del proto.graph.input[:]
     proto.graph.input.extend(given)
     return canonicalise(load(proto))[0]
+
+
+def test_joined_tokens_are_means_that_count_as_often() -> None:
+    """Six tokens become four and then two, the first one by itself; written down once more in numpy."""
+    q, k, v, w = (array.astype(np.float64) for array in random_weights().values())
+    model = two_blocks()
+    fixed = model.copy_proto()
+    fixed.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 6
+    model = canonicalise(load(fixed))[0]
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    joins = ((0, 1, 1, 2, 3, 2), (0, 0, 1, 1))
+    cuts = tuple(TokenCut(place.tensor, place.softmax.name, 0.5, block, joins=joins[block]) for block, place in enumerate(axis.places[:2]))
+    x = np.random.default_rng(1).standard_normal((2, 6, 6)).astype(np.float32)
+    (got,) = run(open_session(cut_tokens(model, TokenPlan("grid", cuts))), {"x": x})
+    for row, found in zip(x.astype(np.float64), got, strict=True):
+        sizes = np.ones(6)
+        for block in range(2):
+            scores = np.exp((row @ q) @ (row @ k).T) * sizes
+            row = row + scores / scores.sum(1, keepdims=True) @ (row @ v)
+            if block < len(cuts):
+                groups = [np.flatnonzero(np.array(joins[block]) == number) for number in range(max(joins[block]) + 1)]
+                row = np.stack([np.average(row[group], axis=0, weights=sizes[group]) for group in groups])
+                sizes = np.array([sizes[group].sum() for group in groups])
+        np.testing.assert_allclose(found, np.average(row, axis=0, weights=sizes) @ w, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("policy", "repeats"), [("merge", 2), ("package", 8), ("drop-merge", 8)])
