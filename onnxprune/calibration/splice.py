@@ -1,7 +1,8 @@
 """Rows made of two: more inputs of the kind that a model knows, from few samples.
 
 A text begins as one sample and, behind a column where both have a real token, goes on as another; an image shows a box of a second one
-(CutMix, Yun et al., ICCV 2019). Nobody has to label them where the dense model says what it makes of them.
+(CutMix, Yun et al., ICCV 2019). Of a text, single words may also be those that others have at the same place (in place of TinyBERT's words
+from a language model; Jiao et al., 2020). Nobody has to label them where the dense model says what it makes of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from onnxprune.calibration.data import CalibrationData
+
+_WORDS = 0.25
+"""Mean share of the words of a text that are replaced; it is drawn for each text, between none and twice as many."""
 
 _SHORT = 8
 """Axes of fewer positions hold channels, not places."""
@@ -28,6 +32,25 @@ def spliced(data: CalibrationData, rows: int, rng: np.random.Generator) -> Calib
     if any(_places(array) for array in data.inputs.values()):
         return _images(data, first, second, rng)
     return None
+
+
+def reworded(data: CalibrationData, rng: np.random.Generator) -> CalibrationData | None:
+    """The rows with some tokens, neither the first nor the last of a text, as others have them there; None where inputs are no ids."""
+    mask = _tokens(data)
+    if mask is None or len(data) < 2:
+        return None
+    rows, width = mask.shape
+    inner = np.zeros_like(mask)
+    inner[:, 1:-1] = mask[:, :-2] & mask[:, 1:-1] & mask[:, 2:]
+    other = (np.arange(rows)[:, None] + rng.integers(1, rows, mask.shape)) % rows
+    columns = np.arange(width)
+    chosen = (rng.random(mask.shape) < 2 * _WORDS * rng.random((rows, 1))) & inner & inner[other, columns]
+    inputs = {}
+    for name, array in data.inputs.items():
+        axis = data.sequence_axes.get(name, 1)
+        fits = array.ndim == 2 and axis == 1 and array.shape == mask.shape
+        inputs[name] = np.where(chosen, array[other, columns], array) if fits else array
+    return replace(data, inputs=inputs, labels=None)
 
 
 def joined(data: CalibrationData, more: CalibrationData | None) -> CalibrationData:

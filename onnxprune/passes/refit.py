@@ -37,6 +37,9 @@ Changes = dict[tuple[str, int], np.ndarray]
 RIDGE = 1e-2
 """Ridge relative to the mean diagonal of the Gram matrix; the value that held up in every published and measured setting we know."""
 
+_RIDGES = (RIDGE, 3e-2, 1e-1)
+"""Of these the rows kept out of a fit choose: what reads few rows, such as those of a class token, wants more than what reads many."""
+
 _ROWS_PER_INPUT = 12
 """Places are drawn from images until a convolution has this many rows for each of its inputs."""
 
@@ -266,11 +269,11 @@ def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRo
     try:
         # With few rows for the columns an intercept would be noise; without a bias it has no place.
         enough = stage.reader.branch.bias is not None and fitted.rows >= 10 * len(fitted.gram)
-        fit = fitted.solve(RIDGE, intercept=enough) if method == "refit" else _scales(view, stage, fitted)
+        fits = [fitted.solve(ridge, intercept=enough) for ridge in _RIDGES] if method == "refit" else [_scales(view, stage, fitted)]
     except np.linalg.LinAlgError as error:
         return {}, SiteFit(name, False, 1.0, str(error))
-    held_error = held.error(fit, np.square(stage.reader.branch.gain))
-    judged = fit.fitted_error if held_error is None else held_error
+    found = [(held.error(fit, np.square(stage.reader.branch.gain)), fit) for fit in fits]
+    judged, fit = min(((fit.fitted_error if error is None else error, fit) for error, fit in found), key=lambda item: item[0])
     if not judged < 1.0:
         return {}, SiteFit(name, False, judged, "the fit would not lower the error on rows kept out of it")
     return stage.reader.changed(view, fit), SiteFit(name, True, judged)

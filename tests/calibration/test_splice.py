@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.calibration.splice import joined, spliced
+from onnxprune.calibration.splice import joined, reworded, spliced
 
 
 def texts(rows: int, width: int, seed: int, left: bool) -> CalibrationData:
@@ -38,6 +38,37 @@ def test_a_text_goes_on_as_another_where_both_have_a_token(rows: int, width: int
         assert np.array_equal(columns, np.arange(columns[0], columns[0] + len(columns)))
         assert len(np.unique(sources)) <= 2
         assert (np.diff(sources) != 0).sum() <= 1
+
+
+@given(st.integers(2, 6), st.integers(1, 12), st.integers(0, 99), st.booleans())
+def test_words_inside_a_text_are_those_of_others_at_their_place(rows: int, width: int, seed: int, left: bool) -> None:
+    data = texts(rows, width, seed, left)
+    made = reworded(data, np.random.default_rng(seed))
+    assert made is not None
+    assert made.token_mask is data.token_mask
+    assert np.array_equal(made.inputs["attention_mask"], data.inputs["attention_mask"])
+    ids, before = made.inputs["input_ids"], data.inputs["input_ids"]
+    assert np.array_equal(ids > 0, before > 0)
+    assert np.array_equal(ids % 1000, before % 1000)
+    assert set(ids.ravel().tolist()) <= set(before.ravel().tolist())
+    for one, other in zip(ids, before, strict=True):
+        real = np.flatnonzero(other)
+        assert np.array_equal(one[real[[0, -1]]], other[real[[0, -1]]])
+
+
+def test_about_a_quarter_of_the_words_change_in_some_texts_hardly_any() -> None:
+    data = texts(400, 40, 0, False)
+    made = reworded(data, np.random.default_rng(0))
+    assert made is not None
+    changed = made.inputs["input_ids"] != data.inputs["input_ids"]
+    shares = changed.sum(axis=1) / data.inputs["attention_mask"].sum(axis=1)
+    assert 0.1 < shares.mean() < 0.25
+    assert (shares < 0.05).mean() > 0.1
+
+
+def test_images_have_no_words() -> None:
+    data = CalibrationData({"pixels": np.zeros((3, 3, 16, 16), np.float32)}, None, "test")
+    assert reworded(data, np.random.default_rng(0)) is None
 
 
 def is_box(where: np.ndarray) -> bool:

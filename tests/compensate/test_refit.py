@@ -13,6 +13,7 @@ from onnxprune.graph.anatomy import Anatomy
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.slicing import slice_model
+from onnxprune.passes import refit as module
 from onnxprune.passes.refit import Changes, Method, SiteFit, refit
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from tests import zoo
@@ -81,6 +82,21 @@ def test_it_brings_the_outputs_back_towards_the_dense_model(name: str, method: M
     assert all(report.error < 1 for report in reports if report.applied)
     assert all(report.error >= 1 or report.reason for report in reports if not report.applied)
     assert model.parameters == student.parameters
+
+
+def test_rows_kept_out_choose_the_ridge_that_leaves_least_of_their_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "bert-sdpa-do18"
+    anatomy = zoo_anatomy(name)
+    student, batches = half_ffn(anatomy), batches_of(anatomy, name, 64)
+
+    def error_of_first(ridges: tuple[float, ...]) -> float:
+        monkeypatch.setattr(module, "_RIDGES", ridges)
+        return by_site(refit(anatomy, student, batches, OPTIONS)[2])["layer.0.ffn"].error
+
+    choices = (1e-6, 1e-3, 0.3)
+    alone = [error_of_first((ridge,)) for ridge in choices]
+    assert len(set(alone)) == len(choices)
+    assert error_of_first(choices) == pytest.approx(min(alone))
 
 
 def test_the_student_given_and_the_dense_model_are_not_touched() -> None:

@@ -54,7 +54,7 @@ def test_what_did_not_get_better_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_is_too_long_becomes_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEP", 1.0)
     bench = workbench(BERT)
-    yardstick = Yardstick(bench.anatomy.model, calibration(BERT), bench.objective, RuntimeOptions())
+    yardstick = Yardstick(bench.anatomy.model, calibration(BERT, 64).take(slice(32, 64)), bench.objective, RuntimeOptions())
     found = polish(bench, halved(bench), bench.anatomy.model, calibration(BERT), yardstick, epochs=10)
     assert isinstance(found, tuple)
     assert found[1].epoch > 1
