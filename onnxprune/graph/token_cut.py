@@ -102,7 +102,7 @@ class _Cutter:
         self.stretches = [Stretch(count)]
         self.left = 1.0
         self.positions: np.ndarray | None = None
-        self.masses: np.ndarray | None = None
+        self.joined: np.ndarray | None = None
         self.attention = Attention(self.e, self.view, profile, axis, self._version_for, self.biases)
         self._sizes = batch, count
         self.returning = Return(self.e, batch) if axis.returned else None
@@ -145,8 +145,7 @@ class _Cutter:
             features, after = self.choice.keep(features, self._fixed(cut))
             steps.append(after)
         elif policy == "grid":
-            joins, masses = self._joins(cut)
-            features, after = self.choice.join(features, joins, masses)
+            features, after = self.choice.join(features, *self._joins(cut))
             steps.append(after)
         elif policy != "merge":
             if cut.softmax not in self.maps:
@@ -188,17 +187,20 @@ class _Cutter:
         return np.searchsorted(there, self.positions)
 
     def _joins(self, cut: TokenCut) -> tuple[np.ndarray, np.ndarray]:
-        """What each token becomes part of, int64 [N], and for how many it stands, [N]."""
+        """What each token that is there becomes part of, int64 [N], and for how many it stands, [N]."""
         if self.axis.count is None:
-            raise CannotCut("rows of a grid cannot merge: tokens are not as many in all samples")
-        masses = np.ones(self.axis.count) if self.masses is None else self.masses
-        joins, lead = np.array(cut.joins, np.int64), self.axis.leading
-        numbers = np.arange(joins.max(initial=-1) + 1)
-        leading = np.array_equal(joins[:lead], np.arange(lead)) and (joins[lead:] >= lead).all()
-        if len(joins) != len(masses) or not leading or not np.array_equal(np.unique(joins), numbers):
-            raise CannotCut(f"the tokens that merge at {cut.place!r} are not there in this model; the plan was made for another file")
-        self.masses = np.bincount(joins, masses)
-        return joins, masses
+            raise CannotCut("lines of a grid cannot merge: tokens are not as many in all samples")
+        before = np.arange(self.axis.count) if self.joined is None else self.joined
+        told = set(cut.joins)
+        fits = len(cut.joins) == len(before) and told == set(range(len(told)))
+        lead, joins = self.axis.leading, np.array(cut.joins if fits else (), np.int64)
+        if not fits or not np.array_equal(joins[:lead], np.arange(lead)) or (joins[lead:] < lead).any():
+            raise CannotCut(f"what tokens become part of at {cut.place!r} does not fit this model; the plan is damaged or for another file")
+        step = joins[np.unique(before, return_index=True)[1]]
+        if not np.array_equal(step[before], joins):
+            raise CannotCut(f"tokens that have become one are told apart at {cut.place!r}; the plan is damaged")
+        self.joined = joins
+        return step, np.bincount(before)
 
     # Nodes.
 

@@ -25,8 +25,8 @@ class TokenCut:
 
     ``block`` counts the places, from 0. ``positions``: where those that stay are among all tokens, rising; empty if samples decide it.
     ``threshold``: attention that a token must get, as a multiple of the mean over the tokens of its sample; None if a number of them stays.
-    The share is then what stays on average. ``joins``: for every token in front of the place, which of those behind it it becomes part of;
-    empty if samples decide it. ``predictor``: weights [C] on the unit features at the place, whose product with them is the
+    The share is then what stays on average. ``joins``: for every token there ever was, which of those behind the place it is part of; empty
+    if samples decide it. ``predictor``: weights [C] on the unit features at the place, whose product with them is the
     score of a token; empty if it is the attention that the token gets.
     """
 
@@ -44,7 +44,10 @@ class TokenCut:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenCut:
-        return cls(**{**content, **{name: tuple(content.get(name, ())) for name in ("positions", "joins", "predictor")}})
+        lists = {name: tuple(content.get(name, ())) for name in ("positions", "joins", "predictor")}
+        if any(type(number) is not int for name in ("positions", "joins") for number in lists[name]):
+            raise InputError(f"tokens of the plan at {content.get('place')!r} are not told by whole numbers; the plan is damaged")
+        return cls(**{**content, **lists})
 
 
 @dataclass(frozen=True)
@@ -83,4 +86,6 @@ class TokenPlan:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TokenPlan:
+        if content["policy"] not in POLICIES:
+            raise InputError(f"the plan has the token policy {content['policy']!r}; known: {', '.join(POLICIES)}")
         return cls(content["policy"], tuple(TokenCut.from_dict(cut) for cut in content["cuts"]))

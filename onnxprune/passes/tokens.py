@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -107,6 +107,8 @@ def choose_schedules(
     for kind in kinds:
         try:
             trial = planner.plan(*kind, _stages(places, _TRIAL))
+            if not trial.cuts:
+                raise CannotCut("the tokens are too few for a line of them to go")
             candidate = cut_tokens(model, trial)
             _check(model, cut_tokens(model, planner.plan(*kind, (1.0,) * places)), batch, options)
         except CannotCut as error:
@@ -119,7 +121,8 @@ def choose_schedules(
     # At most half of the tokens merge at a place, which takes time as well: the fastest schedules are of another policy.
     others = [kind for kind in ranked if kind[0] not in MERGING][:1] if ranked[0][0] in MERGING else []
     log.info("tokens: %s", ", ".join(f"{name} by {item.plan.score} {item.error:.3g}" for (name, _), item in trials.items()))
-    plans = list(dict.fromkeys(planner.plan(*kind, shares) for kind in (ranked[0], *others) for shares in profiles(places)))
+    wanted = (planner.plan(*kind, shares) for kind in (ranked[0], *others) for shares in profiles(places))
+    plans = [plan for plan in dict.fromkeys(wanted) if plan.cuts]
     models = {f"{number}": finish(cut_tokens(model, plan), rewrites) for number, plan in enumerate(plans)}
     found = []
     shares = _timed(finish(model, rewrites), models, request, options, seed)
@@ -230,17 +233,15 @@ class Planner:
 
     def _with_joins(self, cuts: Sequence[TokenCut]) -> list[TokenCut]:
         """A line goes as a whole, so that a place may leave fewer than its share; one at which no line has to go is none."""
-        first, patches = self.patches
-        grids = [first]
+        grid, patches = self.patches
+        assert self.axis.count is not None
+        others, whole, found = self.axis.count - grid.count, all(cut.share == 1 for cut in cuts), []
+        first = grid.count
         for cut in cuts:
-            grids.append(fewer(grids[-1], patches[cut.place], kept_of(cut.share, first.count)))
-        found = zip(cuts, joins_of(grids, self.axis.leading), pairwise(grids), strict=True)
-        whole = all(cut.share == 1 for cut in cuts)
-        return [
-            replace(cut, joins=joins, share=round(after.count / first.count, 4))
-            for cut, joins, (before, after) in found
-            if whole or after.count < before.count
-        ]
+            before, grid = grid, fewer(grid, patches[cut.place], kept_of(cut.share, first))
+            if whole or grid.count < before.count:
+                found.append(replace(cut, joins=joins_of(grid, others), share=round(grid.count / first, 4)))
+        return found
 
 
 def _check(model: Model, cut: Model, batch: Batch, options: RuntimeOptions) -> None:

@@ -19,7 +19,7 @@ from onnxprune.graph.token_cut import cut_tokens, spelled_out, study_tokens
 from onnxprune.graph.token_plan import POLICIES, Policy, TokenPlan
 from onnxprune.graph.token_trace import TRACE
 from onnxprune.runtime.session import open_session, run
-from tests.graph.test_tokens import images, plan_of, prepared, with_hidden_keys
+from tests.graph.test_tokens import images, plan_of, prepared, with_hidden_keys, with_lines
 
 SHARES = (0.8, 0.8, 0.5, 0.3, 0.1)
 
@@ -38,10 +38,7 @@ def falling(policy: Policy) -> TokenPlan:
     if policy == "static":
         cuts = [replace(cut, positions=(0, *range(1 + number, 50 - 8 * number))) for number, cut in enumerate(cuts)]
     if policy == "grid":
-        there = 50
-        for number, cut in enumerate(cuts):
-            joins = (0, *(1 + max(place - number, 0) for place in range(there - 1)))
-            cuts[number], there = replace(cut, joins=joins), max(joins) + 1
+        return with_lines(TokenPlan(policy, tuple(cuts)), (0, 8, 16, 24, 32))
     return TokenPlan(policy, tuple(cuts))
 
 

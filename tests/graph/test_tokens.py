@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxprune.errors import Refusal
+from onnxprune.errors import InputError, Refusal
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.emitter import Emitter
 from onnxprune.graph.model import Model, load
@@ -49,8 +51,8 @@ def plan_of(axis: TokenAxis, share: float, policy: Policy = "drop") -> TokenPlan
         positions = (*range(axis.leading), *range(axis.leading, axis.count)[:: round(1 / share)])
         cuts = tuple(replace(cut, positions=positions) for cut in cuts)
     if policy == "grid" and axis.count is not None:
-        fewer = (*range(axis.leading), *(axis.leading + number // round(1 / share) for number in range(axis.count - axis.leading)))
-        cuts = tuple(replace(cut, joins=tuple(range(max(fewer) + 1)) if number else fewer) for number, cut in enumerate(cuts))
+        joins = (*range(axis.leading), *(axis.leading + number // round(1 / share) for number in range(axis.count - axis.leading)))
+        cuts = tuple(replace(cut, joins=joins) for cut in cuts)
     if policy == "threshold":
         cuts = tuple(replace(cut, threshold=0.0 if share == 1 else 0.99) for cut in cuts)
     return TokenPlan(policy, cuts)
@@ -230,9 +232,52 @@ def test_positions_that_are_not_there_are_refused() -> None:
 def test_joins_that_do_not_fit_are_refused() -> None:
     model, _, axis = prepared("vit", "do18-sdpa")
     first, *_ = plan_of(axis, 0.5, "grid").cuts
-    for joins in ((), first.joins[:-1], (0, *(2 for _ in first.joins[1:])), (1, 0, *first.joins[2:]), tuple(0 for _ in first.joins)):
-        with pytest.raises(CannotCut, match="another file"):
+    unfit = (0, *(2 for _ in first.joins[1:])), (1, 0, *first.joins[2:]), tuple(0 for _ in first.joins), (*first.joins[:-1], 10**30)
+    for joins in ((), first.joins[:-1], *unfit):
+        with pytest.raises(CannotCut, match="damaged or for another file"):
             cut_tokens(model, TokenPlan("grid", (replace(first, joins=joins),)))
+
+
+def with_lines(plan: TokenPlan, most: tuple[int, ...]) -> TokenPlan:
+    """At each place the first patches of fifty tokens are one, so many and one more."""
+    joins = [(0, *(1 + max(place - many, 0) for place in range(49))) for many in most]
+    return replace(plan, cuts=tuple(replace(cut, joins=one) for cut, one in zip(plan.cuts, joins, strict=False)))
+
+
+def trained() -> tuple[Model, TokenAxis]:
+    """A network of fifty tokens and five places."""
+    model = canonicalise(load(Path(__file__).parents[2] / "samples" / "vision" / "model.onnx"))[0]
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    return model, axis
+
+
+def test_tokens_that_are_one_stay_one() -> None:
+    model, axis = trained()
+    with pytest.raises(CannotCut, match="told apart"):
+        cut_tokens(model, with_lines(plan_of(axis, 0.5, "grid"), (8, 4)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_left_of_a_plan_without_one_place_still_cuts(policy: Policy) -> None:
+    """As in a model of which a layer has lost its heads."""
+    model, axis = trained()
+    plan = plan_of(axis, 0.5, policy)
+    if policy == "grid":
+        plan = with_lines(plan, (8, 16, 24, 32, 40))
+    whole = run(open_session(model), images(model))
+    for gone in range(len(plan.cuts)):
+        left = replace(plan, cuts=tuple(cut for number, cut in enumerate(plan.cuts) if number != gone))
+        found = run(open_session(cut_tokens(model, left)), images(model))
+        assert [array.shape for array in found] == [array.shape for array in whole]
+
+
+@pytest.mark.parametrize(("field", "value"), [("policy", "gird"), ("joins", [0.0]), ("positions", ["3"])])
+def test_plans_that_make_no_sense_are_refused(field: str, value: Any) -> None:
+    content = TokenPlan("grid", (TokenCut("a", "s", 0.5, 0, joins=(0, 1)),)).as_dict()
+    (content if field == "policy" else content["cuts"][0])[field] = value
+    with pytest.raises(InputError, match=r"damaged|known: drop"):
+        TokenPlan.from_dict(content)
 
 
 def test_a_plan_for_another_file_is_refused() -> None:
@@ -298,7 +343,7 @@ def test_joined_tokens_are_means_that_count_as_often() -> None:
     model = canonicalise(load(fixed))[0]
     axis = study_tokens(model)
     assert isinstance(axis, TokenAxis)
-    joins = ((0, 1, 1, 2, 3, 2), (0, 0, 1, 1))
+    joins = ((0, 1, 1, 2, 3, 2), (0, 0, 0, 1, 1, 1))
     cuts = tuple(TokenCut(place.tensor, place.softmax.name, 0.5, block, joins=joins[block]) for block, place in enumerate(axis.places[:2]))
     x = np.random.default_rng(1).standard_normal((2, 6, 6)).astype(np.float32)
     (got,) = run(open_session(cut_tokens(model, TokenPlan("grid", cuts))), {"x": x})
@@ -308,7 +353,8 @@ def test_joined_tokens_are_means_that_count_as_often() -> None:
             scores = np.exp((row @ q) @ (row @ k).T) * sizes
             row = row + scores / scores.sum(1, keepdims=True) @ (row @ v)
             if block < len(cuts):
-                groups = [np.flatnonzero(np.array(joins[block]) == number) for number in range(max(joins[block]) + 1)]
+                now = np.array(joins[block])[np.unique(joins[block - 1], return_index=True)[1] if block else slice(None)]
+                groups = [np.flatnonzero(now == number) for number in range(max(now) + 1)]
                 row = np.stack([np.average(row[group], axis=0, weights=sizes[group]) for group in groups])
                 sizes = np.array([sizes[group].sum() for group in groups])
         np.testing.assert_allclose(found, np.average(row, axis=0, weights=sizes) @ w, rtol=1e-4, atol=1e-5)

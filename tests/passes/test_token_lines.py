@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import load
 from onnxprune.graph.profile import synthetic_feeds, take_profile
+from onnxprune.graph.token_axis import TokenAxis
 from onnxprune.graph.token_cut import cut_tokens, study_tokens
 from onnxprune.graph.token_plan import CannotCut
 from onnxprune.graph.view import GraphView
@@ -27,7 +29,8 @@ def grid(rows: int, columns: int) -> Grid:
 
 
 def patches(features: np.ndarray, attention: np.ndarray | None = None) -> Patches:
-    return Patches(features, np.ones(features.shape[:3]) if attention is None else attention)
+    unit = features / np.linalg.norm(features, axis=3, keepdims=True)
+    return Patches(unit, np.ones(features.shape[:3]) if attention is None else attention)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 99))
@@ -66,22 +69,61 @@ def test_means_are_those_of_the_first_patches() -> None:
     np.testing.assert_allclose(found[:, 0, 1], features[:, 0, 3])
 
 
-def test_joins_lead_from_one_grid_to_the_next() -> None:
-    grids = [grid(2, 3), Grid(np.array([1, 1]), np.array([1, 2])), Grid(np.array([2]), np.array([1, 2]))]
-    first, second = joins_of(grids, 1)
-    assert first == (0, 1, 2, 2, 3, 4, 4)
-    assert second == (0, 1, 2, 1, 2)
+def test_joins_number_the_patches_behind_all_others() -> None:
+    assert joins_of(Grid(np.array([1, 1]), np.array([1, 2])), 1) == (0, 1, 2, 2, 3, 4, 4)
+    assert joins_of(Grid(np.array([2]), np.array([1, 2])), 2) == (0, 1, 2, 3, 3, 2, 3, 3)
 
 
-def test_the_grid_is_that_of_the_patches() -> None:
-    model = canonicalise(load(exports.path("vit", "do18-sdpa")))[0]
+PATCHES = """
+<ir_version: 9, opset_import: ["": 18]>
+patches (float[b, 3, 4, 6] x) => (float[b, n, 5] y) {
+  image = Conv <strides = [2, 2]> (x, w)
+  ROUTE
+  batch = Shape <start = 0, end = 1> (x)
+  one = Constant <value_ints: ints = [1]> ()
+  five = Constant <value_ints: ints = [5]> ()
+  size = Concat <axis = 0> (batch, one, five)
+  first = Expand (token, size)
+  y = Concat <axis = 1> (ORDER)
+}
+"""
+FLAT = "sizes = Constant <value_ints: ints = [0, 5, -1]> () flat = Reshape (image, sizes) tokens = Transpose <perm = [0, 2, 1]> (flat)"
+TURNED = "turned = Transpose <perm = [PERM]> (image) sizes = Constant <value_ints: ints = [0, 6, 5]> () tokens = Reshape (turned, sizes)"
+MIXED = "sizes = Constant <value_ints: ints = [0, 6, 5]> () tokens = Reshape (image, sizes)"
+
+
+@pytest.mark.parametrize(
+    ("route", "order", "known"),
+    [
+        (FLAT, "first, tokens", True),
+        (TURNED.replace("PERM", "0, 2, 3, 1"), "first, tokens", True),
+        (TURNED.replace("PERM", "0, 3, 2, 1"), "first, tokens", False),
+        (MIXED, "first, tokens", False),
+        (FLAT, "tokens, first", False),
+    ],
+    ids=["flattened", "channels last", "column by column", "channels among places", "class token last"],
+)
+def test_a_grid_is_known_where_tokens_are_its_places_row_by_row(route: str, order: str, known: bool) -> None:
+    proto = onnx.parser.parse_model(PATCHES.replace("ROUTE", route).replace("ORDER", order))
+    for name, shape in (("w", (5, 3, 2, 2)), ("token", (1, 1, 5))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    model = load(proto)
+    found = grid_of(GraphView(model), take_profile(model), 7)
+    assert (found is not None) == known
+    if found is not None:
+        assert (len(found.heights), len(found.widths)) == (2, 3)
+    assert grid_of(GraphView(model), take_profile(model), 8) is None
+
+
+@pytest.mark.parametrize(("name", "variant"), [("vit", "do18-sdpa"), ("deit-teacher", "ts17-sdpa"), ("dinov2", "do18-sdpa")])
+def test_the_grid_is_that_of_the_patches(name: str, variant: str) -> None:
+    model = canonicalise(load(exports.path(name, variant)))[0]
     axis = study_tokens(model)
-    count = getattr(axis, "count", None)
-    assert count is not None
-    found = grid_of(GraphView(model), take_profile(model), count - 1)
+    assert isinstance(axis, TokenAxis)
+    assert axis.count is not None
+    found = grid_of(GraphView(model), take_profile(model), axis.count)
     assert found is not None
-    assert found.count == count - 1
-    assert grid_of(GraphView(model), take_profile(model), 7) is None
+    assert len(found.heights) == len(found.widths) == 4
 
 
 def test_a_plan_merges_lines_where_the_share_falls_and_runs() -> None:
@@ -101,5 +143,5 @@ def test_a_plan_merges_lines_where_the_share_falls_and_runs() -> None:
 def test_texts_are_no_grid() -> None:
     model, _ = canonicalise(load(exports.path("bert", "do18-sdpa")))
     feeds = {key: np.repeat(array[:1], 4, axis=0) for key, array in synthetic_feeds(model).items()}
-    with pytest.raises(CannotCut, match="no grid"):
+    with pytest.raises(CannotCut, match="lines of a grid cannot merge"):
         patches_by_place(model, CalibrationData(feeds, None, "noise"), RuntimeOptions())
