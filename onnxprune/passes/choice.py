@@ -84,7 +84,7 @@ def _by_price(bench: Workbench, scores: Scores, table: CostTable, room: float) -
 def _by_knapsack(bench: Workbench, scores: Scores, table: CostTable, room: float, spare: bool = False) -> dict[str, np.ndarray] | None:
     offers = offers_of(bench, scores, timed=table.unit == "ms")
     if spare:
-        offers = {name: (kept[1:], lost[1:]) if len(kept) > 1 else (kept, lost) for name, (kept, lost) in offers.items()}
+        offers = without_nothing(offers)
     if bench.recipe.uniform:
         sizes = _uniform_sizes(bench, offers, table, room)
     else:
@@ -109,6 +109,11 @@ def offers_of(bench: Workbench, scores: Scores, *, timed: bool) -> dict[str, tup
         kept = kept[kept >= least]
         offers[site.name] = kept, np.concatenate([[0.0], np.cumsum(saliency)])[count - kept]
     return offers
+
+
+def without_nothing(offers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The offers of :func:`offers_of` without those that would empty a site."""
+    return {name: (kept[1:], lost[1:]) if len(kept) > 1 and not kept[0] else (kept, lost) for name, (kept, lost) in offers.items()}
 
 
 def _step(bench: Workbench, site: Site) -> int:

@@ -26,6 +26,7 @@ from onnxprune.graph.view import GraphView
 from onnxprune.importance.elimination import eliminate
 from onnxprune.passes.readers import Reader
 from onnxprune.passes.refit import RIDGE, student_reader
+from onnxprune.passes.scoring import still_read
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 
 
@@ -58,12 +59,10 @@ def curvature_scores(
     view = GraphView(student)
     scores = {site.name: np.zeros(len(kept[site.name])) for site in sites}
     found: dict[str, Reader] = {}
-    for site in sites:
-        # Heads of which no direction is left are read by nothing: they cost nothing to remove.
-        if len(kept[site.name]) and all(consumer.tensor in view.producer for consumer in site.consumers):
-            reader = _reader(anatomy, site, view, kept)
-            assert isinstance(reader, Reader)
-            found[site.name] = reader
+    for site in still_read(student, kept, sites):
+        reader = _reader(anatomy, site, view, kept)
+        assert isinstance(reader, Reader)
+        found[site.name] = reader
     if not found:
         return scores
     inputs, gradients, samples = _moments(student, found, objective, targets, draw, options, progress)

@@ -21,7 +21,7 @@ from onnxprune.graph.autodiff import NoGradient
 from onnxprune.graph.slicing import Kept
 from onnxprune.passes.anchor import MISS, REPEATS, Reached, reach
 from onnxprune.passes.auto import walk_down
-from onnxprune.passes.choice import choose, offers_of
+from onnxprune.passes.choice import choose, offers_of, without_nothing
 from onnxprune.passes.decision import JUDGES, Decision, judging_rows, split, write_plan
 from onnxprune.passes.depth import with_turned_heads
 from onnxprune.passes.meter import Meter
@@ -274,7 +274,7 @@ class _Search:
         found = offers_of(self.bench, scores, timed=True) if scores else {}
         offers = {name: (kept, factor * lost) for name, (kept, lost) in found.items()}
         # A site that goes empty here may stay in the end, and then it must not have counted for nothing in either precision.
-        spared = {name: (kept[1:], lost[1:]) if len(kept) > 1 else (kept, lost) for name, (kept, lost) in offers.items()}
+        spared = without_nothing(offers)
         units = {site.name: site.units for site in self.bench.sites}
         floats = assign(tables, groups, spared, units, goal)
         floats = floats if floats is not None else assign(tables, groups, offers, units, goal)

@@ -38,7 +38,10 @@ RIDGE = 1e-2
 """Ridge relative to the mean diagonal of the Gram matrix; the value that held up in every published and measured setting we know."""
 
 _RIDGES = (RIDGE, 3e-2, 1e-1)
-"""Of these the rows kept out of a fit choose: what reads few rows, such as those of a class token, wants more than what reads many."""
+"""Where rows are few for the columns, such as those of a class token, the rows kept out of a fit choose one of these."""
+
+_ENOUGH = 10
+"""Rows for each column with which a fit needs no choice of the ridge, and may have an intercept."""
 
 _ROWS_PER_INPUT = 12
 """Places are drawn from images until a convolution has this many rows for each of its inputs."""
@@ -266,14 +269,24 @@ def _solve(view: GraphView, stage: _Stage, fitted: NormalEquations, held: HeldRo
     name = stage.site.name
     if fitted.energy <= 1e-12 * max(float(np.trace(fitted.gram)), 1e-30):
         return {}, SiteFit(name, False, 1.0, "nothing to correct")
-    try:
-        # With few rows for the columns an intercept would be noise; without a bias it has no place.
-        enough = stage.reader.branch.bias is not None and fitted.rows >= 10 * len(fitted.gram)
-        fits = [fitted.solve(ridge, intercept=enough) for ridge in _RIDGES] if method == "refit" else [_scales(view, stage, fitted)]
-    except np.linalg.LinAlgError as error:
-        return {}, SiteFit(name, False, 1.0, str(error))
-    found = [(held.error(fit, np.square(stage.reader.branch.gain)), fit) for fit in fits]
-    judged, fit = min(((fit.fitted_error if error is None else error, fit) for error, fit in found), key=lambda item: item[0])
+    # With few rows for the columns an intercept would be noise; without a bias it has no place.
+    enough = fitted.rows >= _ENOUGH * len(fitted.gram)
+    intercept = enough and stage.reader.branch.bias is not None
+    best: tuple[float, Fit] | None = None
+    failed = ""
+    for ridge in _RIDGES[:1] if enough or method == "scale" else _RIDGES:
+        try:
+            fit = fitted.solve(ridge, intercept=intercept) if method == "refit" else _scales(view, stage, fitted)
+        except np.linalg.LinAlgError as error:
+            failed = str(error)
+            continue
+        held_error = held.error(fit, np.square(stage.reader.branch.gain))
+        judged = fit.fitted_error if held_error is None else held_error
+        if best is None or judged < best[0] or np.isnan(best[0]):
+            best = judged, fit
+    if best is None:
+        return {}, SiteFit(name, False, 1.0, failed)
+    judged, fit = best
     if not judged < 1.0:
         return {}, SiteFit(name, False, judged, "the fit would not lower the error on rows kept out of it")
     return stage.reader.changed(view, fit), SiteFit(name, True, judged)

@@ -23,7 +23,7 @@ from onnxprune.passes.choice import Taste
 from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.leave_one_out import growth_without
 from onnxprune.passes.refit import Changes, SiteFit, refit
-from onnxprune.passes.scoring import fisher_sums, gathered, local_scores, mask_gradients
+from onnxprune.passes.scoring import fisher_sums, gathered, local_scores, mask_gradients, still_read
 from onnxprune.passes.workbench import Scores, Student, Workbench, dense_student
 from onnxprune.search.costs import CostTable
 
@@ -52,7 +52,8 @@ def score(bench: Workbench, student: Student, draw: int) -> Scores:
     found = local_scores(student.model, student.kept, bench.sites, criterion.name, bench.batches, bench.options)
     if criterion.comparable:
         return Scores(found)
-    return Scores({site.name: in_proportion(found[site.name], site.parameters_per_unit) for site in bench.sites})
+    read = still_read(student.model, student.kept, bench.sites)
+    return Scores(found | {site.name: in_proportion(found[site.name], site.parameters_per_unit) for site in read})
 
 
 def _by_gradients(bench: Workbench, student: Student, draw: int, criterion: Criterion) -> Scores:

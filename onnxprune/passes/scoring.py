@@ -45,6 +45,12 @@ def student_labels(site: Site, kept: Kept, consumer: Consumer, sites: Sequence[S
     return np.asarray(number[consumer.labels][stays])
 
 
+def still_read(student: Model, kept: Kept, sites: Sequence[Site]) -> list[Site]:
+    """Sites of which units are left that somebody reads: not queries and keys of an attention without values, nor depth without heads."""
+    computed = GraphView(student).producer
+    return [site for site in sites if len(kept[site.name]) and any(consumer.tensor in computed for consumer in site.consumers)]
+
+
 def mask_gradients(
     student: Model,
     kept: Kept,
@@ -57,18 +63,19 @@ def mask_gradients(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per-sample mask gradients of the kept units, batch by batch: site -> float32 [samples, kept units].
 
-    Sites that nothing reads any more, as queries and keys of an attention without values, are left out. A paged student is walked piece by
-    piece: all batches of the last sites come first, and a batch comes once for each group of sites.
+    Sites that nothing reads any more are left out. A paged student is walked piece by piece: all batches of the last sites come first, and
+    a batch comes once for each group of sites.
     """
-    computed = GraphView(student).producer
-    alive = [site for site in sites if len(kept[site.name]) and all(consumer.tensor in computed for consumer in site.consumers)]
+    alive = still_read(student, kept, sites)
     if not alive:
         return
+    computed = GraphView(student).producer
     student, reads = _own_reads(student, alive)
     taps = [
         _tap(site, kept, position, consumer, tensor, sites)
         for site in alive
         for position, (consumer, tensor) in enumerate(_distinct(site, reads))
+        if consumer.tensor in computed
     ]
     if student.paged:
         yield from _swept(student, taps, objective, targets, draw, options, progress)
@@ -179,8 +186,8 @@ def _own_reads(student: Model, sites: Sequence[Site]) -> tuple[Model, dict[tuple
 def moments_read(
     student: Model, sites: Sequence[Site], kept: Kept, batches: Sequence[Batch], options: RuntimeOptions
 ) -> dict[str, SecondMoment]:
-    """Moments of the real tokens x [1, kept positions] that the consumer of each site reads, by site."""
-    alive = [site for site in sites if len(kept[site.name])]
+    """Moments of the real tokens x [1, kept positions] that the consumer of each site reads, by site; not of those that nothing reads."""
+    alive = still_read(student, kept, sites)
     tensors = [site.consumers[0].tensor for site in alive]
     moments: dict[str, SecondMoment] = {}
     session = open_session(with_outputs(student, tensors, keep=False), options)
@@ -203,7 +210,7 @@ def _moment_by_moment(
 ) -> Iterator[tuple[Site, SecondMoment]]:
     """What :func:`moments_read` gives, one at a time in the order of the graph: together they would be larger than the weights."""
     prefix = Prefix(student, batches, options)
-    for site in sorted((site for site in sites if len(kept[site.name])), key=lambda site: site.order):
+    for site in sorted(still_read(student, kept, sites), key=lambda site: site.order):
         tensor = site.consumers[0].tensor
         parts = [_rows_read(site, batch, value) for batch, (value,) in zip(batches, prefix.advance([tensor], [tensor]), strict=True)]
         moment = SecondMoment(parts[0].shape[1])
@@ -225,7 +232,7 @@ def local_scores(
     assert formula is not None
     view = GraphView(student)
     by_name = {node.name: node for node in view.nodes}
-    alive = [site for site in sites if len(kept[site.name])]
+    alive = still_read(student, kept, sites)
     moments: Iterable[tuple[Site, SecondMoment | None]]
     if needs == "weights" or not alive:
         moments = [(site, None) for site in alive]
@@ -234,7 +241,7 @@ def local_scores(
     else:
         found = moments_read(student, sites, kept, batches, options)
         moments = [(site, found[site.name]) for site in alive]
-    scores = {site.name: np.zeros(0) for site in sites}
+    scores = {site.name: np.zeros(len(kept[site.name])) for site in sites}
     for site, moment in moments:
         count = len(kept[site.name])
         consumer = site.consumers[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,9 @@ def _payload(model: Any, weights: Mapping[str, np.ndarray] | None) -> tuple[byte
     if isinstance(model, bytes | str):
         return model, weights or {}
     proto, shared = (model.proto, model.weights) if hasattr(model, "weights") else (model, weights or {})
+    unread = shared.keys() - _read(proto.graph)
+    if unread:  # onnxruntime drops what nothing reads before it takes the values
+        proto, shared = _without(proto, unread), {name: array for name, array in shared.items() if name not in unread}
     inside = _read_in_bodies(proto.graph) & shared.keys()
     if inside:  # onnxruntime looks for the values of these before it knows the shared ones
         proto = _with_values(proto, {name: shared[name] for name in inside})
@@ -149,6 +152,21 @@ def _read_in_bodies(graph: onnx.GraphProto, inside: bool = False) -> set[str]:
             for body in [attribute.g, *attribute.graphs]:
                 names |= _read_in_bodies(body, True) | {value.name for value in body.output}
     return names
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Names that nodes, their bodies or the outputs of a graph read."""
+    return _read_in_bodies(graph) | {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+
+
+def _without(proto: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """A copy that lacks some initializers."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    left = [tensor for tensor in copy.graph.initializer if tensor.name not in names]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(left)
+    return copy
 
 
 def _with_values(proto: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:

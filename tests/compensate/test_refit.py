@@ -89,14 +89,23 @@ def test_rows_kept_out_choose_the_ridge_that_leaves_least_of_their_error(monkeyp
     anatomy = zoo_anatomy(name)
     student, batches = half_ffn(anatomy), batches_of(anatomy, name, 64)
 
-    def error_of_first(ridges: tuple[float, ...]) -> float:
+    first = next(site for site in anatomy.sites if site.name == "layer.0.ffn").consumers[0].leaf
+
+    def fitted_with(ridges: tuple[float, ...]) -> tuple[float, np.ndarray]:
         monkeypatch.setattr(module, "_RIDGES", ridges)
-        return by_site(refit(anatomy, student, batches, OPTIONS)[2])["layer.0.ffn"].error
+        _, changes, reports = refit(anatomy, student, batches, OPTIONS)
+        return by_site(reports)["layer.0.ffn"].error, changes[first.node.name, first.slot]
 
     choices = (1e-6, 1e-3, 0.3)
-    alone = [error_of_first((ridge,)) for ridge in choices]
-    assert len(set(alone)) == len(choices)
-    assert error_of_first(choices) == pytest.approx(min(alone))
+    monkeypatch.setattr(module, "_ENOUGH", 1e9)
+    alone = [fitted_with((ridge,)) for ridge in choices]
+    best = min(range(3), key=lambda number: alone[number][0])
+    assert best != 0
+    error, weights = fitted_with(choices)
+    assert error == alone[best][0]
+    np.testing.assert_array_equal(weights, alone[best][1])
+    monkeypatch.setattr(module, "_ENOUGH", 0)
+    np.testing.assert_array_equal(fitted_with(choices)[1], fitted_with(choices[:1])[1])
 
 
 def test_the_student_given_and_the_dense_model_are_not_touched() -> None:

@@ -10,6 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnxprune.errors import InputError, RuntimeUnavailable
+from onnxprune.graph.model import load
 from onnxprune.runtime import session as session_module
 from onnxprune.runtime.session import RuntimeOptions, open_session, require_onnxruntime, run
 from tests.calibration.models import image_model, text_model
@@ -50,6 +51,15 @@ def test_a_missing_and_a_damaged_installation_are_told_apart(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
     with pytest.raises(RuntimeUnavailable, match="damaged"):
         require_onnxruntime()
+
+
+def test_large_initializers_that_nothing_reads_do_no_harm() -> None:
+    model = image_model()
+    proto = model.to_proto()
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(100_000, np.float32), "unread"))
+    unread = load(proto)
+    assert "unread" in unread.weights
+    assert [value.name for value in open_session(unread).get_outputs()] == list(model.output_names)
 
 
 def test_a_model_onnxruntime_rejects_is_an_input_error() -> None:
