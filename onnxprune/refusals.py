@@ -316,6 +316,14 @@ CODES: dict[str, Code] = {
             "leave tokens out; longer texts and larger images gain more",
         ),
         Code(
+            "OP707",
+            "all tokens stay",
+            "Fewer tokens would be faster, but the other passes meet the target with less loss while all tokens are there; or, without "
+            "a target, even the mildest schedule loses too much.",
+            "narrowing alone loses less than beside any of 12 schedules",
+            "leave tokens out, or ask for a faster model",
+        ),
+        Code(
             "OP801",
             "no sublayer can be replaced",
             "A sublayer reads one residual stream and nothing else, writes no output of the graph, holds constant matrices, and is added "
@@ -331,6 +339,13 @@ CODES: dict[str, Code] = {
             "leave layers out and use heads, ffn and int8",
         ),
         Code(
+            "OP803",
+            "all sublayers stay",
+            "Of two searches, with all sublayers and without those that lose least, the better one is kept, and that was the first.",
+            "the model loses less with all of its sublayers",
+            "leave layers out, which takes half of the time",
+        ),
+        Code(
             "OP901",
             "too large to train",
             "A model above 1.5 GiB is read from disk piece by piece. An optimiser would need all its weights three times over.",
@@ -343,6 +358,13 @@ CODES: dict[str, Code] = {
             "An operator between the weights and the output has no rule of differentiation, or no weight is a float matrix or bias.",
             "operator Foo (node foo_1) has no gradient rule",
             "leave polish out; the re-fit needs no gradients",
+        ),
+        Code(
+            "OP903",
+            "nothing to learn",
+            "What lost nothing cannot come nearer to the model it was made from; int8 comes after polish.",
+            "the model lost nothing, so that there is nothing to learn",
+            "leave polish out, or ask for a smaller or faster model",
         ),
     )
 }

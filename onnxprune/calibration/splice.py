@@ -7,6 +7,7 @@ from a language model; Jiao et al., 2020). Nobody has to label them where the de
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -34,10 +35,20 @@ def spliced(data: CalibrationData, rows: int, rng: np.random.Generator) -> Calib
     return None
 
 
-def reworded(data: CalibrationData, rng: np.random.Generator) -> CalibrationData | None:
-    """The rows with some tokens, neither the first nor the last of a text, as others have them there; None where inputs are no ids."""
+def reworded(data: CalibrationData, words: Collection[str], rng: np.random.Generator) -> CalibrationData | None:
+    """The rows with some words, neither the first nor the last of a text, as others have them at the same place.
+
+    Args:
+        words: inputs [samples, tokens] that hold ids of words. What masks, positions and types of tokens say stays.
+
+    Returns:
+        None if there are no such inputs.
+    """
     mask = _tokens(data)
     if mask is None or len(data) < 2:
+        return None
+    found = [name for name in set(words) - set(_positions(data, mask)) if name in data.inputs and data.inputs[name].shape == mask.shape]
+    if not found:
         return None
     rows, width = mask.shape
     inner = np.zeros_like(mask)
@@ -45,12 +56,8 @@ def reworded(data: CalibrationData, rng: np.random.Generator) -> CalibrationData
     other = (np.arange(rows)[:, None] + rng.integers(1, rows, mask.shape)) % rows
     columns = np.arange(width)
     chosen = (rng.random(mask.shape) < 2 * _WORDS * rng.random((rows, 1))) & inner & inner[other, columns]
-    inputs = {}
-    for name, array in data.inputs.items():
-        axis = data.sequence_axes.get(name, 1)
-        fits = array.ndim == 2 and axis == 1 and array.shape == mask.shape
-        inputs[name] = np.where(chosen, array[other, columns], array) if fits else array
-    return replace(data, inputs=inputs, labels=None)
+    changed = {name: np.where(chosen, data.inputs[name][other, columns], data.inputs[name]) for name in found}
+    return replace(data, inputs={**data.inputs, **changed}, labels=None)
 
 
 def joined(data: CalibrationData, more: CalibrationData | None) -> CalibrationData:
@@ -86,8 +93,26 @@ def _texts(data: CalibrationData, mask: np.ndarray, first: np.ndarray, second: n
             continue
         chosen = behind.reshape([len(first), *(width if at == axis else 1 for at in range(1, array.ndim))])
         inputs[name] = np.where(chosen, array[second], array[first])
-    token_mask = None if data.token_mask is None else np.where(behind, mask[second], mask[first])
-    return replace(data, inputs=inputs, labels=None, token_mask=token_mask)
+    there = np.where(behind, mask[second], mask[first])
+    for name in _positions(data, mask):  # those of a second sample that is padded on the left do not go on from the first one's
+        inputs[name] = np.where(there, _first(data.inputs[name], mask) + there.cumsum(axis=1) - 1, inputs[name]).astype(inputs[name].dtype)
+    return replace(data, inputs=inputs, labels=None, token_mask=None if data.token_mask is None else there)
+
+
+def _first(positions: np.ndarray, mask: np.ndarray) -> int:
+    """The position of the first real token of a sample."""
+    return int(positions[0, mask[0].argmax()])
+
+
+def _positions(data: CalibrationData, mask: np.ndarray) -> list[str]:
+    """Inputs in which the real tokens of every sample are counted from one number on."""
+    found = []
+    for name, array in data.inputs.items():
+        if array.shape == mask.shape and array.dtype.kind in "iu" and mask.any(axis=1).all():
+            counted = np.where(mask, array - mask.cumsum(axis=1), 0)
+            if (mask.sum(axis=1) > 1).any() and np.ptp(counted[mask]) == 0:
+                found.append(name)
+    return found
 
 
 def _places(array: np.ndarray) -> list[int]:

@@ -223,7 +223,7 @@ deciding_options = stack(
         type=click.Choice(["auto", "drop", "package", "merge", "drop-merge", "static", "grid", "threshold"]),
         default="auto",
         show_default=True,
-        help="What becomes of tokens that the tokens pass takes out: nothing, one token of their mean, or part of the most similar one.",
+        help="What becomes of tokens that the tokens pass takes out: nothing, one token of their mean, part of a similar or near one.",
     ),
     file_option(
         "--tokenizer",

@@ -204,7 +204,8 @@ class _Search:
 
     def _polished(self, student: Student) -> Student:
         if not self.study.smaller and all(student.counts[site.name] == site.units for site in self.study.sites):
-            return student  # what lost nothing has nothing to learn
+            self._refuse(Refusal("OP903", "polish", "the model lost nothing, so that there is nothing to learn"), others=True)
+            return student
         yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
         found = polish(self.bench, student, self.study.whole, self.calibration, yardstick, hinted=not self.study.narrower)
         if isinstance(found, Refusal):
@@ -226,11 +227,19 @@ class _Search:
         else:
             chosen = self._fast_enough(min(tables.floats.full, tables.integers.full), given, goal)
         if chosen is None:
+            found = "narrowing alone loses less than beside any" if goal is not None else "more than half of --max-drop is lost by any"
+            self._refuse(Refusal("OP707", "tokens", f"{found} of {len(self.shipping.schedules)} schedules"), others=True)
             return tables
-        log.info("tokens: %s", chosen.as_dict())
-        self.shipping = self.shipping.with_tokens(chosen.plan)
-        after, again = self.meter.tables(self.shipping)
-        return after.scaled(given / again)
+        # Beside the schedule that promises most the goal may turn out to be out of reach; then a faster one is taken.
+        whole, faster = self.shipping, self.shipping.schedules[self.shipping.schedules.index(chosen) :]
+        for schedule in faster:
+            self.shipping = whole.with_tokens(schedule.plan)
+            after, again = self.meter.tables(self.shipping)
+            tables = after.scaled(given / again)
+            if goal is None or min(tables.floats.floor, tables.integers.floor) <= goal:
+                log.info("tokens: %s", schedule.as_dict())
+                break
+        return tables
 
     def _best_schedule(self, tables: Tables, goal: float) -> Schedule | None:
         """By what widths would lose beside it."""

@@ -10,7 +10,7 @@ part choose the epoch that counts; if none is better than the start, the start s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from onnxprune.graph.autodiff.gradient import GRADIENT, TARGET, WEIGHT
 from onnxprune.graph.autodiff.weights import parameters_of, weight_gradient_model
 from onnxprune.graph.instrument import with_outputs
 from onnxprune.graph.model import Model
+from onnxprune.graph.view import GraphView
+from onnxprune.graph.vocabulary import word_tables
 from onnxprune.passes.apply import install
 from onnxprune.passes.base import WholePass
 from onnxprune.passes.refit import followed
@@ -124,6 +126,7 @@ class _Run:
         self.bench, self.start = bench, student
         objective = bench.objective
         self.hints = followed(bench.anatomy, student.model, student.kept) if hinted else []
+        self.words = {name for tables in word_tables(GraphView(student.model))[0] for name in tables.inputs}
         self.teacher = open_session(with_outputs(teacher, [objective.tensor, *self.hints], keep=False), bench.options)
         known = parameters_of(student.model)
         names = [parameter.name for parameter in known]
@@ -140,11 +143,23 @@ class _Run:
         self.scale = [np.float32(max(np.sqrt(np.mean(np.square(value, dtype=np.float64))), _SMALLEST)) for value in values]
         self.mean, self.square = np.zeros_like(self.weights), np.zeros_like(self.weights)
         self.steps = 0
+        self.spreads = self._spreads()
+
+    def _spreads(self) -> dict[str, float]:
+        """How far rows of what the teacher shows are from their mean, squared, on average: the measure of distances from them."""
+        tensors = [self.bench.objective.tensor, *self.hints]
+        sums: dict[str, np.ndarray] = {}
+        for batch in self.bench.batches:
+            for name, value in zip(tensors, run(self.teacher, batch.feeds, tensors), strict=True):
+                rows = value.reshape(-1, value.shape[-1])[_real(batch, value.shape[:-1]).reshape(-1) > 0].astype(np.float64)
+                sums[name] = sums.get(name, 0.0) + np.array([len(rows), np.square(rows).sum(), *rows.sum(axis=0)])
+        squares = {name: all_[1] - np.square(all_[2:]).sum() / max(all_[0], 1) for name, all_ in sums.items()}
+        return {name: float(max(squares[name], 1e-12) / max(sums[name][0], 1)) for name in tensors}
 
     def epoch(self, data: CalibrationData, number: int, step: float, last_step: float) -> None:
         """Walk number ``number`` through twice as many new rows, with steps that fall linearly to ``last_step``."""
         rng = np.random.default_rng([self.bench.recipe.seed, number])
-        rows = _new_rows(data, rng)
+        rows = _new_rows(data, self.words, rng)
         batches = _shuffled(rows, len(self.bench.batches[0]) * 2, rng)
         for done, index in enumerate(batches):
             self._step(rows.batch(index, trim=True), step + (last_step - step) * done / len(batches))
@@ -152,10 +167,10 @@ class _Run:
     def _step(self, batch: Batch, step: float) -> None:
         tensors = [self.bench.objective.tensor, *self.hints]
         wanted, *hints = run(self.teacher, batch.feeds, tensors)
-        feeds = {**batch.feeds, **self._views(), **_pull(batch, wanted, self.bench.objective)}
+        feeds = {**batch.feeds, **self._views(), **_pull(batch, wanted, self.bench.objective, self.spreads[tensors[0]])}
         for name, value in zip(self.hints, hints, strict=True):
-            weight = _real(batch, value.shape[:-1])
-            feeds |= {f"{TARGET}.{name}": value, f"{WEIGHT}.{name}": weight * np.float32(_HINTS / len(hints) / _spread(value, weight))}
+            weight = _shares(batch, value.shape[:-1])
+            feeds |= {f"{TARGET}.{name}": value, f"{WEIGHT}.{name}": weight * np.float32(_HINTS / len(hints) / self.spreads[name])}
         gradients = run(self.session, feeds, [GRADIENT + parameter.name for parameter in self.parameters])
         self._adam(gradients, step)
 
@@ -184,12 +199,12 @@ class _Run:
         return replace(self.start, model=install(self.start.model, changes), changes={**self.start.changes, **changes})
 
 
-def _new_rows(data: CalibrationData, rng: np.random.Generator) -> CalibrationData:
+def _new_rows(data: CalibrationData, words: Collection[str], rng: np.random.Generator) -> CalibrationData:
     """As many spliced rows and as many others: with words of other rows, or spliced as well. The rows themselves where none can be made."""
     made = spliced(data, len(data), rng)
     if made is None:
         return replace(data, labels=None)
-    return joined(made, reworded(data, rng) or spliced(data, len(data), rng))
+    return joined(made, reworded(data, words, rng) or spliced(data, len(data), rng))
 
 
 def _weights(model: Model, name: str) -> np.ndarray:
@@ -211,13 +226,19 @@ def _shuffled(data: CalibrationData, rows: int, rng: np.random.Generator) -> lis
     return [batches[number] for number in rng.permutation(len(batches))]
 
 
-def _pull(batch: Batch, wanted: np.ndarray, objective: Objective) -> dict[str, np.ndarray]:
+def _pull(batch: Batch, wanted: np.ndarray, objective: Objective, spread: float) -> dict[str, np.ndarray]:
     """Target and weight of the output: the mean divergence, or the squared distance relative to how far vectors differ."""
-    weight = _real(batch, wanted.shape[:-1])
+    weight = _shares(batch, wanted.shape[:-1])
     if objective.link == "identity":
-        return {TARGET: wanted, WEIGHT: weight / np.float32(_spread(wanted, weight))}
+        return {TARGET: wanted, WEIGHT: weight / np.float32(spread)}
     scores = np.exp(wanted - wanted.max(axis=-1, keepdims=True))
-    return {TARGET: scores / scores.sum(axis=-1, keepdims=True), WEIGHT: weight / np.float32(max(weight.sum(), 1.0))}
+    return {TARGET: scores / scores.sum(axis=-1, keepdims=True), WEIGHT: weight}
+
+
+def _shares(batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
+    """The share that each row of values has in their mean, float32 of ``shape``."""
+    weight = _real(batch, shape)
+    return np.asarray(weight / np.float32(max(weight.sum(), 1.0)))
 
 
 def _real(batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
@@ -226,9 +247,3 @@ def _real(batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
     if batch.token_mask is not None and batch.token_mask.shape == shape:
         weight = weight * batch.token_mask
     return np.asarray(weight, np.float32)
-
-
-def _spread(values: np.ndarray, weight: np.ndarray) -> float:
-    """Sum of squared distances of the rows that count from their mean."""
-    rows = values.reshape(-1, values.shape[-1])[weight.reshape(-1) > 0].astype(np.float64)
-    return max(float(np.square(rows - rows.mean(axis=0)).sum()), 1e-12)

@@ -192,7 +192,9 @@ class _Around:
         if plain is None:
             assert failure is not None
             raise failure
-        return plain
+        refusal = Refusal("OP803", "layers", "the model loses less with all of its sublayers")
+        refusals = (*plain.refusals, refusal)
+        return replace(plain, refusals=refusals, plan=replace(plain.plan, refusals=refusals))
 
 
 _NEARLY = 1.05

@@ -82,7 +82,7 @@ def choose_schedules(
 ) -> tuple[Schedule, ...] | Refusal:
     """Schedules none of which is slower and worse than another one, from slow to fast.
 
-    The policy and the score are chosen on one schedule, all others are of these; where merging is best, also of the best policy that drops.
+    The policy and the score are chosen on one schedule, all others are of these; where merging is best, also of the best other policy.
     Every error and every time is measured, on the finished graph.
 
     Args:

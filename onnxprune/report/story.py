@@ -261,7 +261,7 @@ def kept(record: Record) -> str:
         ranked = " by predictor" if chosen.get("score") == "predictor" else ""
         words.append(f"tokens that stay ({chosen['policy']}{ranked}): {behind or 'all'}")
     if polished := record.get("polish"):
-        fewer = f"divergence {polished['before']:.2g} to {polished['after']:.2g} on rows it did not see"
+        fewer = f"divergence {polished['before']:.2g} to {polished['after']:.2g} on rows that it did not learn from"
         words.append(f"polished: {fewer}" if polished["epoch"] else "polish did not help and was left out")
     if (found := integers(record)) is not None:
         which = f"{found.count:,} of" if found.count < found.total else "all"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -43,7 +45,7 @@ def test_a_text_goes_on_as_another_where_both_have_a_token(rows: int, width: int
 @given(st.integers(2, 6), st.integers(1, 12), st.integers(0, 99), st.booleans())
 def test_words_inside_a_text_are_those_of_others_at_their_place(rows: int, width: int, seed: int, left: bool) -> None:
     data = texts(rows, width, seed, left)
-    made = reworded(data, np.random.default_rng(seed))
+    made = reworded(data, {"input_ids"}, np.random.default_rng(seed))
     assert made is not None
     assert made.token_mask is data.token_mask
     assert np.array_equal(made.inputs["attention_mask"], data.inputs["attention_mask"])
@@ -58,7 +60,7 @@ def test_words_inside_a_text_are_those_of_others_at_their_place(rows: int, width
 
 def test_about_a_quarter_of_the_words_change_in_some_texts_hardly_any() -> None:
     data = texts(400, 40, 0, False)
-    made = reworded(data, np.random.default_rng(0))
+    made = reworded(data, {"input_ids"}, np.random.default_rng(0))
     assert made is not None
     changed = made.inputs["input_ids"] != data.inputs["input_ids"]
     shares = changed.sum(axis=1) / data.inputs["attention_mask"].sum(axis=1)
@@ -68,7 +70,25 @@ def test_about_a_quarter_of_the_words_change_in_some_texts_hardly_any() -> None:
 
 def test_images_have_no_words() -> None:
     data = CalibrationData({"pixels": np.zeros((3, 3, 16, 16), np.float32)}, None, "test")
-    assert reworded(data, np.random.default_rng(0)) is None
+    assert reworded(data, set(), np.random.default_rng(0)) is None
+    assert reworded(data, {"pixels"}, np.random.default_rng(0)) is None
+
+
+@given(st.integers(2, 6), st.integers(2, 12), st.integers(0, 99), st.booleans())
+def test_positions_go_on_and_types_stay_what_they_are(rows: int, width: int, seed: int, left: bool) -> None:
+    """Counted from 2 on, as RoBERTa does; of padded texts from the first real token."""
+    data = texts(rows, width, seed, left)
+    mask = data.inputs["attention_mask"]
+    extra = {"position_ids": np.where(mask, 1 + mask.cumsum(axis=1), 1), "token_type_ids": np.arange(width)[None] * mask // width}
+    data = replace(data, inputs={**data.inputs, **extra})
+    words = reworded(data, {"input_ids"}, np.random.default_rng(seed))
+    assert words is not None
+    for name in extra:
+        assert words.inputs[name] is data.inputs[name]
+    made = spliced(data, 20, np.random.default_rng(seed))
+    assert made is not None
+    there = made.inputs["attention_mask"]
+    assert np.array_equal(made.inputs["position_ids"] * there, (1 + there.cumsum(axis=1)) * there)
 
 
 def is_box(where: np.ndarray) -> bool:
