@@ -249,9 +249,8 @@ class _Finder:
     def _splits(self, tensor: str, chain: list[Node], operand: str, split: Layout) -> bool:
         for run, (source, target) in enumerate(zip(self._shapes(tensor), self._shapes(operand), strict=True)):
             index = np.arange(np.prod(source)).reshape(source)
-            length = (
-                target[3] if split is _transposed_keys else target[2]
-            )  # of one head of one dimension, the order of values does not tell
+            # Of one head of one dimension the order of values does not tell tokens from features.
+            length = target[3] if split is _transposed_keys else target[2]
             if source[:2] != (target[0], length) or index.size != np.prod(target):
                 return False
             if not np.array_equal(self._carried(index, chain, run), split(index, target)):

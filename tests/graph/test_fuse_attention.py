@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxprune.graph.canonical import canonicalise, with_fresh_shapes
+from onnxprune.graph.depth import with_depths
 from onnxprune.graph.fuse_attention import fuse_attention
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.slicing import slice_model
@@ -50,6 +51,14 @@ def assert_same(fused: Model, plain: Model, *feeds: dict[str, np.ndarray]) -> No
     for inputs in feeds:
         for got, want in zip(run(ours, inputs), run(theirs, inputs), strict=True):
             assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["bert-eager-ts17", "bert-sdpa-do18", "vit-eager-ts17", "vit-sdpa-do18"])
+def test_one_head_of_one_dimension_is_not_taken_for_one_token(name: str) -> None:
+    known = with_depths(anatomy_of(load(zoo.path(name))))
+    least = {site.name: np.arange(1) for site in known.of_kind(["heads", "qk", "vo"])}
+    plain = slice_model(known, least)
+    assert_same(fuse_attention(plain)[0], plain, zoo.feeds(name, batch=3, seq=11), zoo.feeds(name, batch=1, seq=6, seed=1))
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
