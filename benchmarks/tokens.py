@@ -27,11 +27,11 @@ from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.token_cut import cut_tokens, study_tokens
-from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy, TokenCut, TokenPlan
+from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.int8 import timed
-from onnxprune.passes.tokens import choose_schedules
+from onnxprune.passes.tokens import Planner, choose_schedules
 from onnxprune.runtime.measure import clock_for, ratio, time_sessions
 from onnxprune.runtime.session import RuntimeOptions
 from onnxprune.verification import Yardstick
@@ -146,11 +146,12 @@ def of_sizes() -> list[dict[str, Any]]:
                 continue
             request = {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
             models: dict[str, Model] = {"all tokens": finish(model, rewrites)}
+            images = np.random.default_rng(1).standard_normal((32, 3, 224, 224)).astype(np.float32)
+            planner = Planner(model, axis, CalibrationData({"pixel_values": images}, None, "noise"), OPTIONS)
+            shares = [KEEP ** sum(block >= start for start in (2, 5, 8)) for block in range(len(axis.places))]
             for policy in POLICIES:
-                places = [(block, axis.places[block]) for block in (2, 5, 8)]
-                cuts = [TokenCut(place.tensor, place.softmax.name, KEEP**power, block) for power, (block, place) in enumerate(places, 1)]
                 try:
-                    models[policy] = finish(cut_tokens(model, TokenPlan(policy, tuple(cuts))), rewrites)
+                    models[policy] = finish(cut_tokens(model, planner.plan(policy, False, shares)), rewrites)
                 except CannotCut as error:
                     rows.append({"network": name, "policy": policy, "refused": str(error)})
             calls = {key: timed(value, request, OPTIONS) for key, value in models.items()}

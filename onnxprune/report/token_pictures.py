@@ -24,12 +24,27 @@ FATES = {
     "grid": "Neighbouring rows and columns have become one, the same in every sample",
 }
 
+LEGENDS = {
+    "merge": "patches that are part of another one",
+    "drop-merge": "patches that left, or are part of another one",
+    "grid": "patches that are part of the one above or beside them",
+}
+
 
 @dataclass(frozen=True)
 class Drawing:
-    """``places``: rows of a table. ``stages``: headings of the pictures' columns. ``texts``: pieces of each row."""
+    """How a report draws them.
+
+    Attributes:
+        fate: what became of those that left.
+        legend: what is covered in pictures.
+        places: rows of a table.
+        stages: headings of the pictures' columns.
+        texts: pieces of each row.
+    """
 
     fate: str
+    legend: str
     places: list[dict[str, Any]]
     stages: list[str]
     pictures: list[dict[str, Any]]
@@ -47,6 +62,7 @@ def tokens(record: Record) -> Drawing | None:
     shown = _spread(len(cuts))
     return Drawing(
         FATES.get(chosen["policy"], ""),
+        LEGENDS.get(chosen["policy"], "patches that left"),
         [_place(number, cut, samples) for number, cut in enumerate(cuts)],
         ["all patches", *(f"behind attention {cuts[number]['block']}" for number in shown)],
         [_picture(sample, shown) for sample in samples if "picture" in sample],
