@@ -186,8 +186,7 @@ class _Search:
             return self._decision(Reached(student, tables.floats, full, full), given, full, goal, already_met=True)
         if self.shipping.schedules:
             tables = self._leave_tokens(tables, given, goal)
-        lowest = goal * (1 if self.study.sites else 1 + MISS) if goal is not None else 0.0
-        if goal is not None and min(tables.floats.floor, tables.integers.floor) > lowest:
+        if goal is not None and not self._reachable(tables, goal):
             self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
         if goal is None:
             found = self._auto(tables, given)
@@ -201,6 +200,10 @@ class _Search:
         if self.study.polish:
             found = replace(found, student=self._polished(found.student))
         return self._decision(found, given, full, goal, already_met=False)
+
+    def _reachable(self, tables: Tables, goal: float) -> bool:
+        """Whether something is left to decide: with no units to remove, a miss that counts as none must do."""
+        return min(tables.floats.floor, tables.integers.floor) <= goal * (1 if self.study.sites else 1 + MISS)
 
     def _polished(self, student: Student) -> Student:
         if not self.study.smaller and all(student.counts[site.name] == site.units for site in self.study.sites):
@@ -236,7 +239,7 @@ class _Search:
             self.shipping = whole.with_tokens(schedule.plan)
             after, again = self.meter.tables(self.shipping)
             tables = after.scaled(given / again)
-            if goal is None or min(tables.floats.floor, tables.integers.floor) <= goal:
+            if goal is None or self._reachable(tables, goal):
                 log.info("tokens: %s", schedule.as_dict())
                 break
         return tables

@@ -41,7 +41,7 @@ TOKENS = WholePass(
     ),
 )
 
-TokenPolicy = Literal["auto", "drop", "package", "merge", "drop-merge", "static", "grid", "threshold"]
+TokenPolicy = Policy | Literal["auto"]
 
 _SIDE_BY_SIDE = 6
 

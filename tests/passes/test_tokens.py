@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import InputError, NothingPrunable
 from onnxprune.graph.model import load
 from onnxprune.graph.token_plan import TokenPlan
-from onnxprune.passes import tokens
+from onnxprune.passes import manager, tokens
 from onnxprune.passes.tokens import Schedule, best_schedule, pareto, profiles
 from tests.architectures import exports
 
@@ -48,6 +49,26 @@ def test_tokens_leave_when_widths_would_lose_more() -> None:
     assert best_schedule([light, heavy], lambda share: 0.1 * share) is light
     assert best_schedule([light, heavy], lambda share: 0.001) is None
     assert best_schedule([light, heavy], lambda share: None if share > 0.6 else 0.0) is heavy
+
+
+@pytest.mark.parametrize(
+    ("floors", "sites", "tried"),
+    [((0.9,), True, 1), ((1.01, 0.95), True, 2), ((1.01,), False, 1), ((1.1, 1.05), True, 2)],
+    ids=["meets the goal", "a faster one does", "a miss that counts as none", "none does"],
+)
+def test_a_schedule_that_cannot_reach_the_goal_gives_way_to_a_faster_one(floors: tuple[float, ...], sites: bool, tried: int) -> None:
+    schedules = [schedule(0.01, 0.8), schedule(0.2, 0.5)]
+    asked: list[TokenPlan] = []
+    table = [SimpleNamespace(floats=SimpleNamespace(floor=floor), integers=SimpleNamespace(floor=floor)) for floor in floors]
+    search = object.__new__(manager._Search)
+    search.study = SimpleNamespace(sites=sites)  # type: ignore[assignment]
+    search.shipping = SimpleNamespace(schedules=schedules, with_tokens=lambda plan: asked.append(plan))  # type: ignore[assignment]
+    measured = iter([(SimpleNamespace(scaled=lambda factor, one=one: one), 1.0) for one in table])
+    search.meter = SimpleNamespace(tables=lambda shipping: next(measured))  # type: ignore[assignment]
+    search._best_schedule = search._fast_enough = lambda *rest: schedules[0]  # type: ignore[method-assign, assignment]
+    full = SimpleNamespace(floats=SimpleNamespace(full=2.0), integers=SimpleNamespace(full=2.0))
+    assert search._leave_tokens(full, 1.0, 1.0) is table[tried - 1]  # type: ignore[arg-type, comparison-overlap]
+    assert len(asked) == tried
 
 
 def by_tokens(whole: Any, models: dict[str, Any], *rest: Any) -> dict[str, float]:
