@@ -330,7 +330,7 @@ class _Cutter:
             index = self._places(state.index, self.axis.along[name, axis])
             tensor = self._gathered(tensor, rank, axis + missing, index, batched=batched)
             batched = True
-            if state.packaged:
+            if state.packages:
                 if any(size != 1 for other, size in enumerate(shape) if other and other - missing not in axes):
                     raise CannotCut(f"{name} holds positions, which a package of tokens does not have")
                 tensor = self._with_package(name, tensor, axis + missing)

@@ -54,7 +54,7 @@ class TokenCut:
 class TokenPlan:
     """What becomes of tokens that leave, and where they do.
 
-    ``drop``: nothing. ``package``: their mean is one more token, which later cuts add to (SPViT; EViT). ``merge``: the most similar pairs
+    ``drop``: nothing. ``package``: their mean is one more token, each cut its own (SPViT; EViT). ``merge``: the most similar pairs
     become one (ToMe). ``drop-merge``: one half leaves, the least attended; then similar pairs become one (after DiffRate).
     ``static``: nothing, and it is the same positions in every sample (Patch Slimming). ``grid``: neighbouring rows or columns of patches
     become one, the same in every sample, so that what is left is a grid again (after CAIT).

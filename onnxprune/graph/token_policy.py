@@ -20,18 +20,19 @@ _ROUNDING = 1e-4
 class Stretch:
     """Tokens between two places.
 
-    ``count`` is their number, int64 [1]. ``index`` int64 [B, count]: where they were in the stretch before, None if they are no selection
-    of those. ``sizes`` float [B, count]: how many tokens each stands for, 0 for padding; None if all are one. ``weights``: the same for
-    means over tokens, where it always sums to the number of all. ``packaged``: the last one is a package. ``fixed``: int64 [count], the
-    same as ``index`` where all samples keep the same tokens. ``moves``: where tokens of the stretch before are now, int64 [B, count
-    before], if that is not told by ``index``. ``staying``: then those of the first set that joined none of the second, int64 [B, S].
+    ``count`` is their number, int64 [1]. ``index`` int64 [B, count]: where they were in the stretch before, None if they are no
+    selection of those. ``sizes`` float [B, count]: how many tokens each stands for, 0 for padding; None if all are one. ``weights``:
+    the same for means over tokens, where it always sums to the number of all. ``packages``: how many of the last ones are packages, the
+    newest of which ``index`` does not tell. ``fixed``: int64 [count], the same as ``index`` where all samples keep the same tokens.
+    ``moves``: where tokens of the stretch before are now, int64 [B, count before], if that is not told by ``index``. ``staying``: then
+    those of the first set that joined none of the second, int64 [B, S].
     """
 
     count: str
     index: str | None = None
     sizes: str | None = None
     weights: str | None = None
-    packaged: bool = False
+    packages: int = 0
     fixed: np.ndarray | None = None
     moves: str | None = None
     staying: str | None = None
@@ -88,18 +89,14 @@ class Choice:
 
         Args:
             scores: float [B, N].
+            package: make one more token of those that leave. Packages of places before stay as they are.
         """
-        e, total = self.e, self._others(before)
-        scores = self._behind(scores, before.count)
-        if before.packaged:  # what was packed once is packed again
-            packed = e.op("Sub", total, e.int64([1]))
-            last = e.array(np.array([0, 0, 0, 1], np.int64))
-            scores = e.op("Pad", e.slice(scores, 1, e.int64([0]), packed), last, e.array(np.array(-0.5, np.float32)))
+        e, scores = self.e, self._free(scores, before)
         if self.real is None:
-            return self._select_fixed(features, scores, share, before, package, total)
-        tokens = e.reduce("ReduceSum", self._behind(self.real, self.first), [1], keepdims=True)
+            return self._select_fixed(features, scores, share, before, package)
+        tokens = e.reduce("ReduceSum", self._free(self.real, Stretch(self.first)), [1], keepdims=True)
         wanted = e.op("Max", self._share_of(tokens, share), self.number(1.0))
-        return self._select_real(features, scores, wanted, before, package, total)
+        return self._select_real(features, scores, wanted, before, package)
 
     def select_above(self, features: str, scores: str, threshold: float, before: Stretch) -> tuple[str, Stretch]:
         """Keep tokens whose score is at least ``threshold`` times the mean over real tokens of their sample, and one in any case.
@@ -113,18 +110,18 @@ class Choice:
         assert sizes is not None
         mean = e.op("Div", *(e.reduce("ReduceSum", tensor, [1], keepdims=True) for tensor in (scores, sizes)))
         enough = e.op("Cast", e.op("GreaterOrEqual", scores, e.op("Mul", mean, self.number(threshold))), to=TensorProto.FLOAT)
-        above = self._behind(e.op("Mul", enough, sizes), before.count)
+        above = self._free(e.op("Mul", enough, sizes), before)
         wanted = e.op("Max", e.reduce("ReduceSum", above, [1], keepdims=True), self.number(1.0))
-        return self._select_real(features, self._behind(scores, before.count), wanted, before, False, self._others(before))
+        return self._select_real(features, self._free(scores, before), wanted, before, False)
 
-    def _select_fixed(self, features: str, scores: str, share: float, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
+    def _select_fixed(self, features: str, scores: str, share: float, before: Stretch, package: bool) -> tuple[str, Stretch]:
         """The same number of every sample."""
-        e, lead = self.e, self.leading
+        e, lead, total = self.e, self.leading, self._others(before)
         keep = self._kept(share)
         order = self._shifted(e.ops(2, "TopK", scores, total if package else keep, axis=1)[1])
-        index = self._after_leading(e.slice(order, 1, e.int64([0]), keep) if package else order)
+        index = self._between(e.slice(order, 1, e.int64([0]), keep) if package else order, before)
         kept = self.take(features, index)
-        count = e.op("Add", keep, e.int64([lead + package]))
+        count = e.op("Add", keep, e.int64([lead + before.packages + package]))
         if not package:
             if before.sizes is not None:
                 left = self.take(before.sizes, index)
@@ -137,32 +134,33 @@ class Choice:
         leaving = self.take(sizes, rest)
         packed, mass = self._packed(leaving, self.take(features, rest), kept)
         made = e.op("Concat", self.take(sizes, index), mass, axis=1)
-        return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packaged=True)
+        return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packages=before.packages + 1)
 
-    def _select_real(self, features: str, scores: str, wanted: str, before: Stretch, package: bool, total: str) -> tuple[str, Stretch]:
+    def _select_real(self, features: str, scores: str, wanted: str, before: Stretch, package: bool) -> tuple[str, Stretch]:
         """Of each sample as many real tokens as wanted, float [B, 1]: the batch has room for the most, and the others hide the rest."""
-        e, lead = self.e, self.leading
+        e, lead, total = self.e, self.leading, self._others(before)
         assert self.real is not None
         sizes = before.sizes or self.real
-        tokens = e.reduce("ReduceSum", self._behind(self.real, self.first), [1], keepdims=True)
+        tokens = e.reduce("ReduceSum", self._free(self.real, Stretch(self.first)), [1], keepdims=True)
         room = e.op("Cast", e.op("Reshape", e.reduce("ReduceMax", wanted, [0, 1], keepdims=False), e.int64([1])), to=TensorProto.INT64)
-        there = e.op("Greater", self._behind(sizes, before.count), self.number(0.0))
+        there = e.op("Greater", self._free(sizes, before), self.number(0.0))
         order = self._shifted(e.ops(2, "TopK", e.op("Where", there, scores, self.number(-1.0)), total, axis=1)[1])
         ranks = e.op("Cast", self._range(total), to=TensorProto.FLOAT)
         stays = e.op("Cast", e.op("Less", e.unsqueeze(ranks, 0), wanted), to=TensorProto.FLOAT)
         ranked = self.take(sizes, order)
         staying = e.op("Mul", ranked, stays)
-        index = self._after_leading(e.slice(order, 1, e.int64([0]), room))
+        index = self._between(e.slice(order, 1, e.int64([0]), room), before)
         kept = self.take(features, index)
         remaining = e.slice(staying, 1, e.int64([0]), room)
-        count = e.op("Add", room, e.int64([lead + package]))
+        count = e.op("Add", room, e.int64([lead + before.packages + package]))
         if not package:
             each = e.op("Div", tokens, e.op("Max", e.reduce("ReduceSum", remaining, [1], keepdims=True), self.number(1.0)))
             weights = self._with_leading(sizes, e.op("Mul", remaining, each))
             return kept, Stretch(count, index, self._with_leading(sizes, remaining), weights)
         packed, mass = self._packed(e.op("Sub", ranked, staying), self.take(features, order), kept)
-        made = e.op("Concat", self._with_leading(sizes, remaining), mass, axis=1)
-        return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packaged=True)
+        packages = [e.slice(sizes, 1, e.int64([-before.packages]), e.int64([_END]))] if before.packages else []
+        made = e.op("Concat", self._with_leading(sizes, remaining), *packages, mass, axis=1)
+        return e.op("Concat", kept, packed, axis=1), Stretch(count, index, made, made, packages=before.packages + 1)
 
     def _packed(self, sizes: str, features: str, kept: str) -> tuple[str, str]:
         """Mean of features [B, R, C] by sizes [B, R]: float [B, 1, C], and the sum of sizes [B, 1].
@@ -240,8 +238,9 @@ class Choice:
     # Small expressions.
 
     def _others(self, before: Stretch) -> str:
-        """How many tokens there are behind the leading ones, int64 [1]."""
-        return self.e.op("Sub", before.count, self.e.int64([self.leading])) if self.leading else before.count
+        """How many tokens may leave: all but the leading ones and packages, int64 [1]."""
+        staying = self.leading + before.packages
+        return self.e.op("Sub", before.count, self.e.int64([staying])) if staying else before.count
 
     def take(self, tensor: str, index: str) -> str:
         """Rows of axis 1 of [B, N, ...] by int64 [B, K]."""
@@ -260,18 +259,25 @@ class Choice:
     def _share_of(self, tokens: str, share: float) -> str:
         return self.e.op("Ceil", self.e.op("Sub", self.e.op("Mul", tokens, self.number(share)), self.number(_ROUNDING)))
 
-    def _behind(self, tensor: str, count: str) -> str:
-        """Columns behind those of the leading tokens."""
-        return self.e.slice(tensor, 1, self.e.int64([self.leading]), count) if self.leading else tensor
+    def _free(self, tensor: str, before: Stretch) -> str:
+        """Columns of tokens that may leave: neither leading ones nor packages."""
+        if not (self.leading or before.packages):
+            return tensor
+        end = self.e.op("Sub", before.count, self.e.int64([before.packages])) if before.packages else before.count
+        return self.e.slice(tensor, 1, self.e.int64([self.leading]), end)
 
     def _shifted(self, order: str) -> str:
         """Places among all tokens of places behind the leading ones."""
         return self.e.op("Add", order, self.e.int64([self.leading])) if self.leading else order
 
-    def _after_leading(self, index: str) -> str:
-        if not self.leading:
-            return index
-        return self.e.op("Concat", self._row(self.e.array(np.arange(self.leading, dtype=np.int64))), index, axis=1)
+    def _between(self, index: str, before: Stretch) -> str:
+        """An index, int64 [B, K], with the leading tokens in front and the packages behind."""
+        e = self.e
+        leading = [self._row(e.array(np.arange(self.leading, dtype=np.int64)))] if self.leading else []
+        packages = []
+        if before.packages:
+            packages = [self._row(e.op("Add", before.count, e.array(np.arange(-before.packages, 0, dtype=np.int64))))]
+        return e.op("Concat", *leading, index, *packages, axis=1) if leading or packages else index
 
     def _with_leading(self, sizes: str, rest: str) -> str:
         if not self.leading:

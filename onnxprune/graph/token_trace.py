@@ -44,7 +44,7 @@ class Trace:
         else:
             assert after.index is not None
             self.now = self.choice.take(self.now, after.index)
-        if after.packaged:
+        if after.packages:
             self.now = e.op("Pad", self.now, e.int64([0, 0, 0, 1]), e.array(np.array(-1, np.int64)))
         self.now = self._shown(self.now, after.sizes)
 

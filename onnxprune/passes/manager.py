@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import check_labels_of, check_loss, choose_objective
 from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.autodiff import NoGradient
+from onnxprune.graph.model import Model
 from onnxprune.graph.slicing import Kept
 from onnxprune.passes.anchor import MISS, REPEATS, Reached, reach
 from onnxprune.passes.auto import walk_down
@@ -29,8 +31,9 @@ from onnxprune.passes.polish import Polished, polish
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scope import Settings, Study, leading_to
-from onnxprune.passes.shipping import choose_shipping
-from onnxprune.passes.tokens import Schedule, best_schedule, choose_schedules
+from onnxprune.passes.shipping import Shipping, choose_shipping
+from onnxprune.passes.token_budget import TRIED, by_promise, in_narrow
+from onnxprune.passes.tokens import Schedule, choose_schedules
 from onnxprune.passes.workbench import Progress, Scores, Student, Workbench, dense_student, set_up
 from onnxprune.request import examples, request_feeds
 from onnxprune.search.costs import GRANULARITY, CostTable
@@ -185,18 +188,9 @@ class _Search:
             student = self._polished(self.dense) if self.study.polish else self.dense
             return self._decision(Reached(student, tables.floats, full, full), given, full, goal, already_met=True)
         if self.shipping.schedules:
-            tables = self._leave_tokens(tables, given, goal)
-        if goal is not None and not self._reachable(tables, goal):
-            self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
-        if goal is None:
-            found = self._auto(tables, given)
-        elif not self.study.sites and tables.floats.unit == "ms":
-            found = self._quantise(tables, given, goal)
+            found = self._beside_tokens(tables, given, goal, start)
         else:
-            table, first = self._precision(tables, given, goal)
-            shape = tables.floats if self.shipping.scheme else None
-            first = first if start is self.dense else None
-            found = self._reach_for_all_classes(table, given, goal, start, first, shape)
+            found = self._search(tables, given, goal, start)
         if self.study.polish:
             found = replace(found, student=self._polished(found.student))
         return self._decision(found, given, full, goal, already_met=False)
@@ -209,61 +203,94 @@ class _Search:
         if not self.study.smaller and all(student.counts[site.name] == site.units for site in self.study.sites):
             self._refuse(Refusal("OP903", "polish", "the model lost nothing, so that there is nothing to learn"), others=True)
             return student
-        yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
-        found = polish(self.bench, student, self.study.whole, self.calibration, yardstick, hinted=not self.study.narrower)
+        found = polish(self.bench, student, self.study.whole, self.calibration, self.yardstick, hinted=not self.study.narrower)
         if isinstance(found, Refusal):
             self._refuse(found, others=True)
             return student
         student, self.polished = found
         return student
 
-    def _leave_tokens(self, tables: Tables, given: float, goal: float | None) -> Tables:
-        """Decide how tokens leave, and measure anew what everything else costs then."""
+    def _search(self, tables: Tables, given: float, goal: float | None, start: Student) -> Reached:
+        """Units, and which products compute in integers, for the tokens that :attr:`shipping` leaves.
+
+        Raises:
+            TargetError: the goal is below what they reach.
+        """
+        if goal is None:
+            return self._auto(tables, given)
+        if not self._reachable(tables, goal):
+            self._impossible(tables.integers if self.shipping.scheme else tables.floats, given, goal)
+        if not self.study.sites and tables.floats.unit == "ms":
+            return self._quantise(tables, given, goal)
+        table, first = self._precision(tables, given, goal)
+        shape = tables.floats if self.shipping.scheme else None
+        return self._reach_for_all_classes(table, given, goal, start, first if start is self.dense else None, shape)
+
+    def _beside_tokens(self, tables: Tables, given: float, goal: float | None, start: Student) -> Reached:
+        """The search beside each of a few schedules; of what comes out, what loses least on the rows that judge."""
+        whole, found = self.shipping, list[tuple[float, Schedule | None, Shipping, Reached]]()
+        schedules, most = self._promising_schedules(tables, given, goal)
+        failure: TargetError | None = None
+        for schedule in schedules:
+            self.shipping, beside = whole, tables
+            if schedule is not None:
+                self.shipping = whole.with_tokens(schedule.plan)
+                after, again = self.meter.tables(self.shipping)
+                beside = after.scaled(given / again)
+            try:
+                reached = self._search(beside, given, goal, start)
+            except TargetError as error:
+                failure = error
+                continue
+            lost = 0.0 if most == 1 else self.yardstick(self.shipping.ship(reached.student))
+            missed = goal is not None and reached.measured > goal * (1 + MISS)
+            found.append((math.inf if missed else lost, schedule, self.shipping, reached))
+            if most > 1:
+                share = 1.0 if schedule is None else schedule.share
+                self._note(f"tokens {100 * share:.0f}%", reached.student, reached.predicted, reached.measured, divergence=lost)
+            if len(found) == most:
+                break
+        if not found:
+            assert failure is not None
+            raise failure
+        _, chosen, self.shipping, reached = min(found, key=lambda item: item[0])
+        if chosen is None:
+            reason = "narrowing alone loses less than beside any" if goal is not None else "more than half of --max-drop is lost by any"
+            self._refuse(Refusal("OP707", "tokens", f"{reason} of {len(whole.schedules)} schedules"), others=True)
+        return reached
+
+    def _promising_schedules(self, tables: Tables, given: float, goal: float | None) -> tuple[Sequence[Schedule | None], int]:
+        """Schedules in the order in which they should be tried, None for that of all tokens; and how many results are enough."""
+        schedules = self.shipping.schedules
         if goal is None:
             limit = self._limit / 2  # the other half is for widths
-            fits = (
-                schedule for schedule in reversed(self.shipping.schedules) if self.judge(self.dense, self.judges, schedule).loss[1] <= limit
-            )
-            chosen = next(fits, None)
-        elif self.study.sites:
-            chosen = self._best_schedule(tables, goal)
-        else:
-            chosen = self._fast_enough(min(tables.floats.full, tables.integers.full), given, goal)
-        if chosen is None:
-            found = "narrowing alone loses less than beside any" if goal is not None else "more than half of --max-drop is lost by any"
-            self._refuse(Refusal("OP707", "tokens", f"{found} of {len(self.shipping.schedules)} schedules"), others=True)
-            return tables
-        # Beside the schedule that promises most the goal may turn out to be out of reach; then a faster one is taken.
-        whole, faster = self.shipping, self.shipping.schedules[self.shipping.schedules.index(chosen) :]
-        for schedule in faster:
-            self.shipping = whole.with_tokens(schedule.plan)
-            after, again = self.meter.tables(self.shipping)
-            tables = after.scaled(given / again)
-            if goal is None or self._reachable(tables, goal):
-                log.info("tokens: %s", schedule.as_dict())
-                break
-        return tables
+            losses = ((schedule, self.judge(self.dense, self.judges, schedule).loss[1]) for schedule in reversed(schedules))
+            return [next((schedule for schedule, lost in losses if lost <= limit), None)], 1
+        if not self.study.sites:
+            full = min(tables.floats.full, tables.integers.full)
 
-    def _best_schedule(self, tables: Tables, goal: float) -> Schedule | None:
-        """By what widths would lose beside it."""
+            def fast_enough(schedule: Schedule) -> bool:
+                if full * schedule.share > goal:
+                    return False
+                return self.shipping.scheme is not None or self.meter.measure(self.dense, given, whole.with_tokens(schedule.plan)) <= goal
+
+            whole = self.shipping
+            first = next((number for number, schedule in enumerate(schedules) if fast_enough(schedule)), len(schedules) - 1)
+            return schedules[first:], 1
         table = tables.integers if self.shipping.scheme else tables.floats
         scores = self._first_scores()
-        factor = self._error_of_saliency(table, goal, scores)
+        kept, trial = self._trial(table, goal, scores)
+        factor = self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
+
+        def narrow(schedule: Schedule | None) -> Model:
+            return (self.shipping if schedule is None else self.shipping.with_tokens(schedule.plan)).ship(trial)
 
         def error_of_widths(share: float) -> float | None:
             kept = choose(self.bench, self.dense, scores, table, goal / share)
             return None if kept is None else factor * self._lost(scores, kept)
 
-        return best_schedule(self.shipping.schedules, error_of_widths)
-
-    def _fast_enough(self, full: float, given: float, goal: float) -> Schedule:
-        """The slowest schedule that is measured to meet the goal, or the fastest one."""
-        for schedule in self.shipping.schedules:
-            if full * schedule.share <= goal:
-                model = self.shipping.with_tokens(schedule.plan)
-                if self.shipping.scheme is not None or self.meter.measure(self.dense, given, model) <= goal:
-                    return schedule
-        return self.shipping.schedules[-1]
+        again = in_narrow(schedules, narrow, self.yardstick, self.request, self.settings.runtime, self.settings.recipe.seed)
+        return [None, *by_promise(again, error_of_widths)], 1 + TRIED
 
     def _first_scores(self) -> Scores:
         """Scores of the dense model."""
@@ -309,12 +336,15 @@ class _Search:
 
     def _error_of_saliency(self, table: CostTable, goal: float, scores: Scores) -> float:
         """Divergence per unit of saliency removed, from one cut in the region of the goal: then int8 and pruning are counted alike."""
+        kept, trial = self._trial(table, goal, scores)
+        return self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
+
+    def _trial(self, table: CostTable, goal: float, scores: Scores) -> tuple[Kept, Student]:
+        """A model that has been narrowed to the region of the goal in one cut."""
         budget = min(goal, table.fixed + _TRIAL_SHARE * (table.full - table.fixed))
         kept = choose(self.bench, self.dense, scores, table, max(budget, table.floor))
         assert kept is not None
-        trial = cut(self.bench, kept)
-        yardstick = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
-        return yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
+        return kept, cut(self.bench, kept)
 
     def _lost(self, scores: Scores, kept: Kept) -> float:
         """Saliency of what ``kept`` leaves out."""
@@ -337,7 +367,7 @@ class _Search:
         self, table: CostTable, given: float, goal: float, start: Student, first: Scores | None, shape: CostTable | None
     ) -> Reached:
         """The search as asked for, and if classes are to be protected the one by class: of the two the better for its worst class."""
-        error = Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime) if len(self.judges) else None
+        error = self.yardstick if len(self.judges) else None
 
         def by(bench: Workbench, first: Scores | None) -> Reached:
             found = reach(
@@ -408,6 +438,11 @@ class _Search:
         expected = judged.expected_drop.value if judged.drop is not None and judged.expected_drop is not None else 0.0
         self._note(step, student, predicted, None, **{name: loss, "expected drop": expected})
         return max(loss, expected) <= limit
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """Divergence from the file as given, on the rows that judge."""
+        return Yardstick(self.study.given, self.judges, self.objective, self.settings.runtime)
 
     @property
     def _limit(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -125,7 +125,7 @@ def choose_schedules(
     plans = [plan for plan in dict.fromkeys(wanted) if plan.cuts]
     models = {f"{number}": finish(cut_tokens(model, plan), rewrites) for number, plan in enumerate(plans)}
     found = []
-    shares = _timed(finish(model, rewrites), models, request, options, seed)
+    shares = timed_shares(finish(model, rewrites), models, request, options, seed)
     for number, plan in enumerate(plans):
         found.append(Schedule(plan, yardstick(models[f"{number}"]), shares[f"{number}"]))
         if progress:
@@ -254,7 +254,7 @@ def _check(model: Model, cut: Model, batch: Batch, options: RuntimeOptions) -> N
             raise CannotCut("with all tokens kept, the rewritten graph does not compute what the graph does")
 
 
-def _timed(whole: Model, models: dict[str, Model], request: Feeds, options: RuntimeOptions, seed: int) -> dict[str, float]:
+def timed_shares(whole: Model, models: Mapping[str, Model], request: Feeds, options: RuntimeOptions, seed: int) -> dict[str, float]:
     """Paired share of the time of ``whole`` that each model takes; only a few sessions are open at once."""
     shares: dict[str, float] = {}
     reference = timed(whole, request, options)
@@ -264,19 +264,3 @@ def _timed(whole: Model, models: dict[str, Model], request: Feeds, options: Runt
         timings = time_sessions(calls, clock=clock_for(options), seed=seed, rounds=41, max_seconds=40.0 * len(part) / len(models))
         shares |= {name: ratio(timings, name, "whole").median for name in part}
     return shares
-
-
-def best_schedule(schedules: Sequence[Schedule], error_of_widths: Callable[[float], float | None]) -> Schedule | None:
-    """The schedule with which tokens and widths together cost least; None if that is none.
-
-    Args:
-        error_of_widths: divergence expected of narrowing the model until it takes no more than the goal, if everything takes this share of
-            its time; None if it cannot.
-    """
-    alone = error_of_widths(1.0)
-    best: tuple[float, Schedule | None] = (np.inf if alone is None else alone, None)
-    for schedule in schedules:
-        rest = error_of_widths(schedule.share)
-        if rest is not None and rest + schedule.error < best[0]:
-            best = (rest + schedule.error, schedule)
-    return best[1]

@@ -401,6 +401,33 @@ def test_predictors_rank_by_features() -> None:
         cut_tokens(model, with_predictors(plan, 7))
 
 
+def test_every_place_makes_a_package_of_its_own() -> None:
+    """Of eight tokens six stay and then four, beside one package and then two; written down once more in numpy."""
+    model = two_blocks()
+    axis = study_tokens(model)
+    assert isinstance(axis, TokenAxis)
+    shares = (0.75, 0.5)
+    bare = [TokenCut(place.tensor, place.softmax.name, share, 0) for place, share in zip(axis.places[:2], shares, strict=True)]
+    plan = with_predictors(TokenPlan("package", tuple(bare)), 6)
+    x = np.random.default_rng(1).standard_normal((2, 8, 6)).astype(np.float32)
+    q, k, v, w = (array.astype(np.float64) for array in random_weights().values())
+    (got,) = run(open_session(cut_tokens(model, plan)), {"x": x})
+    for row, found in zip(x.astype(np.float64), got, strict=True):
+        free, packages, sizes = row, np.zeros((0, 6)), np.ones(8)
+        for cut in plan.cuts:
+            tokens = np.concatenate([free, packages])
+            scores = np.exp((tokens @ q) @ (tokens @ k).T) * sizes
+            tokens = tokens + scores / scores.sum(1, keepdims=True) @ (tokens @ v)
+            free, packages, mass = tokens[: len(free)], tokens[len(free) :], sizes[len(free) :]
+            order = np.argsort(-free @ np.array(cut.predictor) / np.linalg.norm(free, axis=1))
+            stay, leave = np.split(order, [round(8 * cut.share)])
+            packages = np.concatenate([packages, free[leave].mean(0)[None]])
+            sizes = np.concatenate([np.ones(len(stay)), mass, [len(leave)]])
+            free = free[stay]
+        assert (len(free), len(packages)) == (4, 2)
+        np.testing.assert_allclose(found, np.average(np.concatenate([free, packages]), axis=0, weights=sizes) @ w, rtol=1e-4, atol=1e-5)
+
+
 def test_a_mean_counts_dropped_tokens_as_if_they_were_like_those_that_stay() -> None:
     model = two_blocks()
     axis = study_tokens(model)

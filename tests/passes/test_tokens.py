@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,11 @@ from hypothesis import strategies as st
 
 import onnxprune
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.errors import InputError, NothingPrunable
+from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.model import load
 from onnxprune.graph.token_plan import TokenPlan
-from onnxprune.passes import manager, tokens
-from onnxprune.passes.tokens import Schedule, best_schedule, pareto, profiles
+from onnxprune.passes import manager, token_budget, tokens
+from onnxprune.passes.tokens import Schedule, pareto, profiles
 from tests.architectures import exports
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "vision"
@@ -44,31 +45,63 @@ def test_nothing_that_is_slower_and_worse_is_offered(found: list[tuple[float, fl
             assert any(other.share <= item.share and other.error <= item.error for other in front)
 
 
-def test_tokens_leave_when_widths_would_lose_more() -> None:
-    light, heavy = schedule(0.01, 0.8), schedule(0.2, 0.5)
-    assert best_schedule([light, heavy], lambda share: 0.1 * share) is light
-    assert best_schedule([light, heavy], lambda share: 0.001) is None
-    assert best_schedule([light, heavy], lambda share: None if share > 0.6 else 0.0) is heavy
+class Rivals:
+    """A search whose results are known: by schedule (None: all tokens) the cost that widths reach and what is lost then."""
+
+    def __init__(self, known: dict[Schedule | None, tuple[float, float] | None], most: int) -> None:
+        self.known, self.tried = known, list[Schedule | None]()
+        self.search = object.__new__(manager._Search)
+        plans = {schedule.plan: schedule for schedule in known if schedule}
+        whole = SimpleNamespace(schedules=list(plans.values()), now=None, ship=lambda student: student.lost)
+        whole.with_tokens = lambda plan: SimpleNamespace(**{**vars(whole), "now": plans[plan]})
+        self.search.shipping, self.search.trail, self.search.refusals = whole, [], ()  # type: ignore[assignment]
+        self.search.study = SimpleNamespace(sites=True)  # type: ignore[assignment]
+        self.search.meter = SimpleNamespace(tables=lambda shipping: (SimpleNamespace(scaled=lambda factor: None), 1.0))  # type: ignore[assignment]
+        self.search.yardstick = lambda lost: lost  # type: ignore[assignment, misc]
+        self.search._promising_schedules = lambda *rest: (list(known), most)  # type: ignore[method-assign]
+        self.search._search = self.one  # type: ignore[method-assign, assignment]
+
+    def one(self, *rest: Any) -> Any:
+        now = self.search.shipping.now  # type: ignore[attr-defined]
+        self.tried.append(now)
+        if (found := self.known[now]) is None:
+            raise TargetError("out of reach")
+        return SimpleNamespace(measured=found[0], predicted=1.0, student=SimpleNamespace(lost=found[1], counts={}))
+
+    def chosen(self) -> Schedule | None:
+        self.search._beside_tokens(SimpleNamespace(), 1.0, 1.0, SimpleNamespace())  # type: ignore[arg-type]
+        return self.search.shipping.now  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("floors", "sites", "tried"),
-    [((0.9,), True, 1), ((1.01, 0.95), True, 2), ((1.01,), False, 1), ((1.1, 1.05), True, 2)],
-    ids=["meets the goal", "a faster one does", "a miss that counts as none", "none does"],
+LIGHT, MEDIUM, HEAVY = (
+    replace(schedule(0.01, share), plan=TokenPlan(policy, ())) for policy, share in (("drop", 0.9), ("merge", 0.7), ("grid", 0.5))
 )
-def test_a_schedule_that_cannot_reach_the_goal_gives_way_to_a_faster_one(floors: tuple[float, ...], sites: bool, tried: int) -> None:
-    schedules = [schedule(0.01, 0.8), schedule(0.2, 0.5)]
-    asked: list[TokenPlan] = []
-    table = [SimpleNamespace(floats=SimpleNamespace(floor=floor), integers=SimpleNamespace(floor=floor)) for floor in floors]
-    search = object.__new__(manager._Search)
-    search.study = SimpleNamespace(sites=sites)  # type: ignore[assignment]
-    search.shipping = SimpleNamespace(schedules=schedules, with_tokens=lambda plan: asked.append(plan))  # type: ignore[assignment]
-    measured = iter([(SimpleNamespace(scaled=lambda factor, one=one: one), 1.0) for one in table])
-    search.meter = SimpleNamespace(tables=lambda shipping: next(measured))  # type: ignore[assignment]
-    search._best_schedule = search._fast_enough = lambda *rest: schedules[0]  # type: ignore[method-assign, assignment]
-    full = SimpleNamespace(floats=SimpleNamespace(full=2.0), integers=SimpleNamespace(full=2.0))
-    assert search._leave_tokens(full, 1.0, 1.0) is table[tried - 1]  # type: ignore[arg-type, comparison-overlap]
-    assert len(asked) == tried
+
+
+def test_of_all_tokens_and_the_schedules_that_promise_most_what_loses_least_is_taken() -> None:
+    rivals = Rivals({None: (1.0, 0.3), MEDIUM: (1.0, 0.2), LIGHT: (1.0, 0.4), HEAVY: (1.0, 0.1)}, most=3)
+    assert rivals.chosen() is MEDIUM
+    assert rivals.tried == [None, MEDIUM, LIGHT]
+    assert not rivals.search.refusals
+    assert [entry["divergence"] for entry in rivals.search.trail] == [0.3, 0.2, 0.4]
+
+
+def test_all_tokens_stay_if_that_loses_least_and_the_run_says_so() -> None:
+    rivals = Rivals({None: (1.0, 0.1), MEDIUM: (1.0, 0.2)}, most=3)
+    assert rivals.chosen() is None
+    assert [refusal.code for refusal in rivals.search.refusals] == ["OP707"]
+
+
+def test_what_loses_least_but_misses_the_goal_is_not_taken() -> None:
+    assert Rivals({None: (1.0, 0.3), MEDIUM: (1.05, 0.2)}, most=3).chosen() is None
+
+
+def test_a_schedule_that_cannot_reach_the_goal_gives_way_to_the_next_one() -> None:
+    rivals = Rivals({LIGHT: None, MEDIUM: (1.0, 0.2), HEAVY: (1.0, 0.1)}, most=1)
+    assert rivals.chosen() is MEDIUM
+    assert rivals.tried == [LIGHT, MEDIUM]
+    with pytest.raises(TargetError, match="out of reach"):
+        Rivals({None: None, LIGHT: None}, most=1).chosen()
 
 
 def by_tokens(whole: Any, models: dict[str, Any], *rest: Any) -> dict[str, float]:
@@ -78,7 +111,8 @@ def by_tokens(whole: Any, models: dict[str, Any], *rest: Any) -> dict[str, float
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_timed", by_tokens)
+    monkeypatch.setattr(tokens, "timed_shares", by_tokens)
+    monkeypatch.setattr(token_budget, "timed_shares", by_tokens)
 
 
 @pytest.mark.slow
@@ -112,7 +146,7 @@ def test_tokens_leave_a_real_model_within_the_drop_and_the_plan_gives_the_same_b
 
 def test_short_texts_are_told_that_it_is_not_worth_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a clock by which choosing tokens takes as long as they do."""
-    monkeypatch.setattr(tokens, "_timed", lambda whole, models, *rest: dict.fromkeys(models, 1.04))
+    monkeypatch.setattr(tokens, "timed_shares", lambda whole, models, *rest: dict.fromkeys(models, 1.04))
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 30, (24, 12))
     np.savez(tmp_path / "calib.npz", input_ids=ids, attention_mask=np.ones_like(ids), token_type_ids=np.zeros_like(ids))

@@ -1,0 +1,64 @@
+"""How much of the target fewer tokens take: schedules by what they should lose together with narrower layers.
+
+A schedule that is cheap in the whole model need not be so in a narrow one: its small operators take as long there, and a model that has
+lost units may miss tokens more. So each is measured again in a model about as narrow as the target asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnxprune.graph.model import Model
+from onnxprune.passes.tokens import Schedule, timed_shares
+from onnxprune.runtime.session import Feeds, RuntimeOptions
+from onnxprune.verification import Yardstick
+
+log = logging.getLogger(__name__)
+
+TRIED = 2
+"""Beside how many schedules, and beside all tokens, the rest of the target is searched for."""
+
+
+def in_narrow(
+    schedules: Sequence[Schedule],
+    narrow: Callable[[Schedule | None], Model],
+    yardstick: Yardstick,
+    request: Feeds,
+    options: RuntimeOptions,
+    seed: int,
+) -> list[Schedule]:
+    """The schedules with the share of time that they leave, and the divergence that they add, in a narrower model.
+
+    Args:
+        narrow: that model as it would be shipped with a schedule, or with all tokens.
+    """
+    whole = narrow(None)
+    models = {f"{number}": narrow(schedule) for number, schedule in enumerate(schedules)}
+    shares = timed_shares(whole, models, request, options, seed)
+    without = yardstick(whole)
+    return [
+        replace(schedule, share=shares[f"{number}"], error=max(yardstick(models[f"{number}"]) - without, 0.0))
+        for number, schedule in enumerate(schedules)
+    ]
+
+
+def by_promise(schedules: Sequence[Schedule], error_of_widths: Callable[[float], float | None]) -> list[Schedule]:
+    """The schedules by what tokens and widths together should cost; those last that leave no way to the goal.
+
+    Args:
+        error_of_widths: divergence expected of narrowing the model until it takes no more than the goal, if everything takes this share of
+            its time; None if it cannot.
+    """
+
+    def expected(schedule: Schedule) -> float:
+        rest = error_of_widths(schedule.share)
+        return np.inf if rest is None else rest + schedule.error
+
+    ranked = sorted(schedules, key=expected)
+    for schedule in ranked:
+        log.info("tokens: %.0f%% of the time, %.3g and widths: %.3g", 100 * schedule.share, schedule.error, expected(schedule))
+    return ranked

@@ -1,0 +1,41 @@
+"""Schedules in the order of what they promise beside narrower layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from onnxprune.graph.token_plan import Policy, TokenPlan
+from onnxprune.passes import token_budget
+from onnxprune.passes.token_budget import by_promise, in_narrow
+from onnxprune.passes.tokens import Schedule
+from onnxprune.runtime.session import RuntimeOptions
+
+
+def schedule(error: float, share: float, policy: Policy = "drop") -> Schedule:
+    return Schedule(TokenPlan(policy, ()), error, share)
+
+
+def test_schedules_are_ranked_by_what_tokens_and_widths_lose_together() -> None:
+    light, heavy = schedule(0.01, 0.8), schedule(0.2, 0.5)
+    assert by_promise([heavy, light], lambda share: 0.1 * share) == [light, heavy]
+    assert by_promise([light, heavy], lambda share: share) == [heavy, light]
+    assert by_promise([light, heavy], lambda share: None if share > 0.6 else 0.0) == [heavy, light]
+
+
+def test_a_schedule_is_measured_again_in_the_narrow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is a share of that model's, its error what it adds there; one that adds nothing is no gain."""
+    errors = {None: 0.1, "drop": 0.3, "merge": 0.05}
+
+    def shares(whole: str | None, models: Mapping[str, str], *rest: Any) -> dict[str, float]:
+        assert whole is None
+        return {name: {"drop": 1.02, "merge": 0.9}[model] for name, model in models.items()}
+
+    monkeypatch.setattr(token_budget, "timed_shares", shares)
+    narrow: Any = lambda item: item and item.plan.policy  # noqa: E731
+    yardstick: Any = errors.__getitem__
+    found = in_narrow([schedule(0.01, 0.8), schedule(0.02, 0.7, "merge")], narrow, yardstick, {}, RuntimeOptions(), 0)
+    assert [item.share for item in found] == [1.02, 0.9]
+    assert [item.error for item in found] == pytest.approx([0.2, 0.0])
