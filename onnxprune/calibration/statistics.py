@@ -127,14 +127,16 @@ class SecondMoment:
     """x'x and the sum of rows x [1, width], in float64: one float32 product for every 2,048 rows, or fewer where they are wide.
 
     Of x'x only panels of rows up to the diagonal are computed and kept: the sums for all wide matrices of a model are in memory at once.
+
+    Args:
+        waiting: most rows that wait to be multiplied, if not the usual number. Sums take memory once there are more.
     """
 
-    def __init__(self, width: int) -> None:
-        ends = [min(start + _PANEL, width) for start in range(0, width, _PANEL)]
-        self._panels = [np.zeros((end - start, end)) for start, end in zip(range(0, width, _PANEL), ends, strict=True)]
+    def __init__(self, width: int, waiting: int | None = None) -> None:
+        self._panels: list[np.ndarray] = []
         self.total = np.zeros(width)
         self.rows = 0
-        self._block = max(min(_BLOCK_ROWS, _BLOCK_VALUES // max(width, 1)), 1)
+        self._block = max(min(_BLOCK_ROWS, _BLOCK_VALUES // max(width, 1)) if waiting is None else waiting, 1)
         self._waiting: list[np.ndarray] = []
 
     def add(self, rows: np.ndarray) -> None:
@@ -145,6 +147,10 @@ class SecondMoment:
 
     def flush(self) -> None:
         """Bring the sums up to date with every row added."""
+        if not self._panels:
+            width = len(self.total)
+            ends = [min(start + _PANEL, width) for start in range(0, width, _PANEL)]
+            self._panels = [np.zeros((end - start, end)) for start, end in zip(range(0, width, _PANEL), ends, strict=True)]
         if self._waiting:
             block = np.concatenate(self._waiting)
             self._waiting.clear()
@@ -171,3 +177,35 @@ class SecondMoment:
         result = self.mean
         result -= np.outer(self.total / max(self.rows, 1), self.total / max(self.rows, 1))
         return result
+
+
+class SampleMoment:
+    """Second moments of rows x [1, width] that belong to samples: of all, and of what the rows of a sample have in common.
+
+    With m the mean of the n rows of a sample, the sum of x'x is that of n m'm over samples and that of (x - m)'(x - m) over rows.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.all = SecondMoment(width)
+        self._means = SecondMoment(width, waiting=width)
+
+    def add(self, rows: np.ndarray, real: np.ndarray, samples: int) -> None:
+        """Add rows [samples * places, width], as many places of each sample; those that are not ``real``, bool [rows], do not count."""
+        self.all.add(rows[real])
+        places = real.reshape(samples, -1)
+        counts = places.sum(axis=1)
+        sums = np.einsum("spw,sp->sw", rows.reshape(samples, -1, rows.shape[1]), places.astype(np.float32))
+        there = counts > 0
+        self._means.add((sums[there] / np.sqrt(counts[there])[:, None]).astype(np.float32))
+
+    @property
+    def rows(self) -> int:
+        self.all.flush()
+        return self.all.rows
+
+    @property
+    def common(self) -> np.ndarray:
+        """Mean of m'm over rows, [width, width]."""
+        moment = self._means.mean
+        moment *= self._means.rows / max(self.rows, 1)
+        return moment

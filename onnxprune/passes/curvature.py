@@ -5,6 +5,10 @@ and G that of the loss's gradient at what it makes: the Kronecker-factored Fishe
 know no compensation, and reconstruction errors (ZipLM, OSSCAR) do not know what the loss thinks of them. Under both factors the errors of
 all sites are in one unit, so that one knapsack compares them; van der Ouderaa et al. (The LLM Surgeon, ICLR 2024) choose so between
 weights of language models.
+
+Tokens of one sample are not independent: where a mean over tokens is read, all feel the same gradient, and what they err by in common adds
+up while the rest cancels out ("reduce" and "expand" of Eschenhagen et al., NeurIPS 2023, are the two extremes). So both moments are taken
+apart, into what the tokens of a sample have in common and what is each one's own.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
-from onnxprune.calibration.statistics import SecondMoment
+from onnxprune.calibration.statistics import SampleMoment
 from onnxprune.graph.anatomy import Anatomy, Site
 from onnxprune.graph.autodiff import ADJOINT, adjoint_model
 from onnxprune.graph.caches import cut_feeds
@@ -71,11 +75,8 @@ def curvature_scores(
             weight = view.value(reader.node.inputs[reader.slot])
             assert weight is not None
             if name in gradients:
-                metric = _root(gradients[name].mean * (gradients[name].rows / samples))
-                matrix = reader.matrix(weight).astype(np.float64) @ metric
-                moment = inputs.pop(name)
-                # A bias follows the mean of what goes.
-                gram = moment.mean if reader.branch.bias is None else moment.covariance
+                gram, metric = _factors(inputs.pop(name), gradients.pop(name), samples, centred=reader.branch.bias is not None)
+                matrix = reader.matrix(weight).astype(np.float64) @ _root(metric)
                 scores[name] = eliminate(gram, matrix, reader.units(), len(kept[name]), RIDGE).saliency
     return scores
 
@@ -98,7 +99,7 @@ def _moments(
     draw: int,
     options: RuntimeOptions,
     progress: Callable[[int, int], None] | None,
-) -> tuple[dict[str, SecondMoment], dict[str, SecondMoment], int]:
+) -> tuple[dict[str, SampleMoment], dict[str, SampleMoment], int]:
     """Of what each matrix reads and of the gradients at what it makes, over real rows; and the number of samples."""
     batches = targets.batches
     read = [reader.tensor for reader in readers.values()]
@@ -112,8 +113,8 @@ def _moments(
     )
     session = open_session(model, options)
     names = list(dict.fromkeys([*read, *(ADJOINT + tensor for tensor in sorted(felt))]))
-    inputs: dict[str, SecondMoment] = {}
-    gradients: dict[str, SecondMoment] = {}
+    inputs: dict[str, SampleMoment] = {}
+    gradients: dict[str, SampleMoment] = {}
     for number, batch in enumerate(batches):
         values = dict(zip(names, run(session, {**cut_feeds(student, batch.feeds), **targets.feeds(number, draw)}, names), strict=True))
         for name, reader in readers.items():
@@ -125,8 +126,35 @@ def _moments(
     return inputs, gradients, sum(int(batch.valid.sum()) for batch in batches)
 
 
-def _add(moments: dict[str, SecondMoment], name: str, batch: Batch, rows: np.ndarray) -> None:
-    moments.setdefault(name, SecondMoment(rows.shape[1])).add(rows[batch.real_rows(len(rows))])
+def _add(moments: dict[str, SampleMoment], name: str, batch: Batch, rows: np.ndarray) -> None:
+    moments.setdefault(name, SampleMoment(rows.shape[1])).add(rows, batch.real_rows(len(rows)), len(batch))
+
+
+def _factors(read: SampleMoment, felt: SampleMoment, samples: int, *, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    """H and G of one sample: one product in place of two, that of common parts and that of tokens' own; the traces of both are right.
+
+    Args:
+        read: of what a matrix reads.
+        felt: of gradients at what it makes.
+        centred: whether a bias follows the mean of what goes.
+    """
+    rows = felt.rows / samples
+    each = felt.all.mean * rows
+    common = felt.common * rows
+    own = each - common
+    common *= rows  # the gradients of a sample's tokens, added up
+    gram = read.common
+    rest = read.all.mean
+    rest -= gram
+    if centred:
+        mean = read.all.total / max(read.rows, 1)
+        gram -= np.outer(mean, mean)
+    reads, feels = np.array([np.trace(gram), np.trace(rest)]), np.array([np.trace(common), np.trace(own)])
+    metric = (common * reads[0] + own * reads[1]) / max(float(feels @ reads), 1e-300)
+    gram *= feels[0]
+    rest *= feels[1]
+    gram += rest
+    return gram, metric
 
 
 def _root(moment: np.ndarray) -> np.ndarray:

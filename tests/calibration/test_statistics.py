@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxprune.calibration import Statistics
-from onnxprune.calibration.statistics import SecondMoment
+from onnxprune.calibration.statistics import SampleMoment, SecondMoment
 from onnxprune.errors import InputError
 
 
@@ -119,3 +119,21 @@ def test_a_second_moment_is_that_of_all_rows_however_they_came(width: int) -> No
     np.testing.assert_allclose(moment.mean, exact.T @ exact / 700, atol=1e-4)
     np.testing.assert_array_equal(moment.mean, moment.mean.T)
     np.testing.assert_allclose(moment.covariance, np.cov(exact.T, bias=True).reshape(width, width), atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [3, 40])
+def test_what_tokens_have_in_common_is_what_their_means_make(width: int) -> None:
+    """With padding, a sample of padding alone, and more samples than wait."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((30, 7, width)).astype(np.float32) + rng.standard_normal((30, 1, width)).astype(np.float32)
+    real = np.arange(7) < rng.integers(1, 8, 30)[:, None]
+    real[4] = False
+    moment = SampleMoment(width)
+    for part in np.array_split(np.arange(30), [5, 6, 20]):
+        moment.add(rows[part].reshape(-1, width), real[part].reshape(-1), len(part))
+    samples = [row[there].astype(np.float64) for row, there in zip(rows, real, strict=True) if there.any()]
+    assert moment.rows == sum(map(len, samples)) == real.sum()
+    means = [np.tile(sample.mean(axis=0), (len(sample), 1)) for sample in samples]
+    np.testing.assert_allclose(moment.common, sum(mean.T @ mean for mean in means) / moment.rows, atol=1e-5)
+    own = sum((sample - mean).T @ (sample - mean) for sample, mean in zip(samples, means, strict=True)) / moment.rows
+    np.testing.assert_allclose(moment.all.mean - moment.common, own, atol=1e-5)

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from onnxprune.calibration.statistics import SampleMoment
 from onnxprune.graph.autodiff import ADJOINT, adjoint_model
 from onnxprune.graph.view import GraphView
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.passes import rounds
-from onnxprune.passes.curvature import curvature_scores, obstacle
+from onnxprune.passes.curvature import _factors, curvature_scores, obstacle
 from onnxprune.passes.readers import Reader
 from onnxprune.passes.refit import student_reader
 from onnxprune.passes.rounds import cut, score
@@ -74,6 +75,33 @@ def test_units_of_no_use_cost_nothing_and_go_first() -> None:
     dead = np.zeros(site.units, bool)
     dead[::3] = True
     assert scores[dead].max() < 1e-6 * scores[~dead].max()
+
+
+def moments(rows: np.ndarray) -> SampleMoment:
+    """Of rows [samples, tokens, width]."""
+    found = SampleMoment(rows.shape[2])
+    found.add(rows.reshape(-1, rows.shape[2]).astype(np.float32), np.ones(rows.shape[0] * rows.shape[1], bool), len(rows))
+    return found
+
+
+def test_where_all_tokens_feel_the_same_their_errors_add_up() -> None:
+    """As in front of a mean over tokens: what each one's error has of its own does not count, however large it is."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 1, 5)) + 10 * rng.standard_normal((40, 6, 5)) * [0, 0, 0, 1, 1]
+    gradient = np.tile(rng.standard_normal(3), (40, 6, 1))
+    gram, metric = _factors(moments(x), moments(gradient), 40, centred=False)
+    for change in rng.standard_normal((8, 5, 3)):
+        felt = np.square(np.einsum("spi,io,spo->s", x, change, gradient)).mean()
+        np.testing.assert_allclose(np.trace(gram @ change @ metric @ change.T), felt, rtol=1e-3)
+
+
+def test_where_one_token_is_read_moments_are_those_of_all() -> None:
+    rng = np.random.default_rng(1)
+    x, gradient = rng.standard_normal((50, 1, 4)) + 3, rng.standard_normal((50, 1, 3))
+    gram, metric = _factors(moments(x), moments(gradient), 50, centred=True)
+    np.testing.assert_allclose(
+        np.kron(gram, metric), np.kron(np.cov(x[:, 0].T, bias=True), gradient[:, 0].T @ gradient[:, 0] / 50), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_scores_of_a_student_are_those_of_its_kept_units() -> None:
