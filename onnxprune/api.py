@@ -14,7 +14,7 @@ from onnxprune.benchmark import Benchmark, benchmark, feeds_of
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import check_labels_of, choose_objective
 from onnxprune.calibration.source import load_calibration
-from onnxprune.errors import GateError, InputError
+from onnxprune.errors import GateError, InputError, Refusal
 from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise, check_prunable
 from onnxprune.graph.depth import with_depths
@@ -27,6 +27,7 @@ from onnxprune.graph.profile import feeds_of_shapes, shapes_of, take_profile
 from onnxprune.graph.slicing import slice_model
 from onnxprune.graph.storage import release
 from onnxprune.graph.stream import find_streams
+from onnxprune.graph.token_cut import study_tokens
 from onnxprune.graph.turning import turned
 from onnxprune.graph.view import GraphView
 from onnxprune.graph.vocabulary import cut_vocabulary
@@ -289,9 +290,18 @@ def inspect(
             {"stream": item.name, "width": item.width, "norms": len(set(item.norms)), "products_added": len(item.bridges)}
             for item in streams
         ],
+        "tokens": _tokens(canonical),
         "refusals": [refusal.as_dict() for refusal in anatomy.refusals],
         **({"why": [answer.as_dict() for answer in explain(known, why, given)]} if why is not None else {}),
     }
+
+
+def _tokens(canonical: Model) -> dict[str, Any]:
+    """Behind how many attentions tokens can leave, how many there are (None: as many as are given) and always stay; or why none can."""
+    axis = study_tokens(canonical)
+    if isinstance(axis, Refusal):
+        return {"refusal": axis.as_dict()}
+    return {"places": len(axis.places), "count": axis.count, "leading": axis.leading}
 
 
 def verify(

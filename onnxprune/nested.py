@@ -113,7 +113,7 @@ def family(
 def _sorted_targets(targets: str | Sequence[str], quantity: Quantity) -> list[tuple[str, Target]]:
     """The words and what they mean, the largest first."""
     words = [word.strip() for word in (targets.split(",") if isinstance(targets, str) else targets)]
-    found = {word: parse_target(quantity, word) for word in words}
+    found = {word: parse_target(quantity, word, "--targets") for word in words}
     values = {word: target.value for word, target in found.items() if target.value is not None}
     if len(values) != len(found) or len({target.relative for target in found.values()}) != 1:
         raise InputError(f"--targets {','.join(words)}: give shares such as 80%,50%,30%, or absolute values only; auto is none of them")

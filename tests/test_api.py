@@ -424,6 +424,12 @@ def test_inspect_says_what_can_go_and_what_it_weighs(name: str) -> None:
     assert {refusal["code"][:2] for refusal in found["refusals"]} <= {"OP"}
 
 
+def test_inspect_says_whether_tokens_can_leave() -> None:
+    assert onnxprune.inspect(zoo.path(VIT))["tokens"] == {"places": zoo.LAYERS - 1, "count": 17, "leading": 1}
+    assert onnxprune.inspect(zoo.path(BERT))["tokens"] == {"places": zoo.LAYERS - 1, "count": None, "leading": 1}
+    assert onnxprune.inspect(zoo.path(GPT2))["tokens"]["refusal"]["code"] == "OP703"
+
+
 def test_inspect_counts_for_the_shape_asked_for() -> None:
     shapes = {name: (1, 16) for name in ("input_ids", "attention_mask", "token_type_ids")}
     found = onnxprune.inspect(zoo.path(BERT), input_shapes=shapes)

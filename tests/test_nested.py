@@ -99,7 +99,7 @@ def test_latency_is_measured_for_all_members_in_one_benchmark(tmp_path: Path, mo
         ("80%,auto", "shares such as 80%,50%,30%, or absolute values only; auto is none of them"),
         ("80%,3ms", "absolute values only"),
         ("80%,0.8e2%", "names one target twice"),
-        ("80%,,50%", "cannot read ''"),
+        ("80%,,50%", "cannot read '': --targets takes"),
     ],
 )
 def test_targets_that_have_no_order_are_refused(tmp_path: Path, targets: str, message: str) -> None:

@@ -32,7 +32,7 @@ from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scope import Settings, Study, leading_to
 from onnxprune.passes.shipping import Shipping, choose_shipping
-from onnxprune.passes.token_budget import TRIED, by_promise, in_narrow
+from onnxprune.passes.token_budget import TRIED, by_promise, fast_enough, fastest_within, in_narrow
 from onnxprune.passes.tokens import Schedule, choose_schedules
 from onnxprune.passes.workbench import Progress, Scores, Student, Workbench, dense_student, set_up
 from onnxprune.request import examples, request_feeds
@@ -87,6 +87,9 @@ class _Search:
 
     def __init__(self, study_: Study, data: CalibrationData, settings: Settings, progress: Progress | None) -> None:
         self.settings = settings
+        if study_.tokens and settings.target.quantity != "latency":
+            asked = {"macs": "multiply-adds", "params": "parameters", "size": "bytes"}[settings.target.quantity]
+            raise InputError(f"fewer tokens save time, not {asked}: give --target-latency, or no target and --max-drop")
         self.objective = choose_objective(study_.anatomy, settings.output, data.labels, settings.purpose)
         check_loss(self.objective, data, settings.loss)
         check_labels_of(self.objective, data)
@@ -135,9 +138,6 @@ class _Search:
     def _schedules(self) -> tuple[Schedule, ...] | Refusal:
         """How tokens may leave, from slow to fast, or why they do not."""
         settings = self.settings
-        if self.meter.unit != "ms":
-            asked = {"macs": "multiply-adds", "params": "parameters", "size": "bytes"}[settings.target.quantity]
-            raise InputError(f"fewer tokens save time, not {asked}: give --target-latency, or no target and --max-drop")
         return choose_schedules(
             self.study.anatomy.model,
             self.shipping.rewrites,
@@ -228,7 +228,7 @@ class _Search:
 
     def _beside_tokens(self, tables: Tables, given: float, goal: float | None, start: Student) -> Reached:
         """The search beside each of a few schedules; of what comes out, what loses least on the rows that judge."""
-        whole, found = self.shipping, list[tuple[float, Schedule | None, Shipping, Reached]]()
+        whole, found = self.shipping, list[tuple[tuple[float, float], Schedule | None, Shipping, Reached]]()
         schedules, most = self._promising_schedules(tables, given, goal)
         failure: TargetError | None = None
         for schedule in schedules:
@@ -243,11 +243,11 @@ class _Search:
                 failure = error
                 continue
             lost = 0.0 if most == 1 else self.yardstick(self.shipping.ship(reached.student))
-            missed = goal is not None and reached.measured > goal * (1 + MISS)
-            found.append((math.inf if missed else lost, schedule, self.shipping, reached))
+            over = 0.0 if goal is None else max(reached.measured / goal - (1 + MISS), 0.0)
+            found.append(((over, lost), schedule, self.shipping, reached))
             if most > 1:
-                share = 1.0 if schedule is None else schedule.share
-                self._note(f"tokens {100 * share:.0f}%", reached.student, reached.predicted, reached.measured, divergence=lost)
+                step = "all tokens" if schedule is None else f"tokens at {100 * schedule.share:.0f}%"
+                self._note(f"beside {step}", reached.student, reached.predicted, reached.measured, divergence=lost)
             if len(found) == most:
                 break
         if not found:
@@ -261,29 +261,24 @@ class _Search:
 
     def _promising_schedules(self, tables: Tables, given: float, goal: float | None) -> tuple[Sequence[Schedule | None], int]:
         """Schedules in the order in which they should be tried, None for that of all tokens; and how many results are enough."""
-        schedules = self.shipping.schedules
+        shipping, schedules = self.shipping, self.shipping.schedules
         if goal is None:
-            limit = self._limit / 2  # the other half is for widths
-            losses = ((schedule, self.judge(self.dense, self.judges, schedule).loss[1]) for schedule in reversed(schedules))
-            return [next((schedule for schedule, lost in losses if lost <= limit), None)], 1
+            # Half of what may be lost is for widths.
+            return [fastest_within(schedules, self._limit / 2, lambda item: self.judge(self.dense, self.judges, item).loss[1])], 1
         if not self.study.sites:
+
+            def measure(schedule: Schedule) -> float:
+                return self.meter.measure(self.dense, given, shipping.with_tokens(schedule.plan))
+
             full = min(tables.floats.full, tables.integers.full)
-
-            def fast_enough(schedule: Schedule) -> bool:
-                if full * schedule.share > goal:
-                    return False
-                return self.shipping.scheme is not None or self.meter.measure(self.dense, given, whole.with_tokens(schedule.plan)) <= goal
-
-            whole = self.shipping
-            first = next((number for number, schedule in enumerate(schedules) if fast_enough(schedule)), len(schedules) - 1)
-            return schedules[first:], 1
-        table = tables.integers if self.shipping.scheme else tables.floats
+            return fast_enough(schedules, full, goal, measure if shipping.scheme is None else None), 1
+        table = tables.integers if shipping.scheme else tables.floats
         scores = self._first_scores()
         kept, trial = self._trial(table, goal, scores)
         factor = self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
 
         def narrow(schedule: Schedule | None) -> Model:
-            return (self.shipping if schedule is None else self.shipping.with_tokens(schedule.plan)).ship(trial)
+            return (shipping if schedule is None else shipping.with_tokens(schedule.plan)).ship(trial)
 
         def error_of_widths(share: float) -> float | None:
             kept = choose(self.bench, self.dense, scores, table, goal / share)

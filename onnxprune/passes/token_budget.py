@@ -23,6 +23,24 @@ TRIED = 2
 """Beside how many schedules, and beside all tokens, the rest of the target is searched for."""
 
 
+def fastest_within(schedules: Sequence[Schedule], limit: float, loss: Callable[[Schedule], float]) -> Schedule | None:
+    """Of schedules from slow to fast, the fastest that loses no more than ``limit``."""
+    return next((schedule for schedule in reversed(schedules) if loss(schedule) <= limit), None)
+
+
+def fast_enough(schedules: Sequence[Schedule], full: float, goal: float, measure: Callable[[Schedule], float] | None) -> Sequence[Schedule]:
+    """Of schedules from slow to fast, those from the first on that meets the goal; the last one if none does.
+
+    Args:
+        full: what the model takes with all tokens.
+        measure: what it takes with a schedule; None if something else will make it faster still.
+    """
+    for number, schedule in enumerate(schedules):
+        if full * schedule.share <= goal and (measure is None or measure(schedule) <= goal):
+            return schedules[number:]
+    return schedules[-1:]
+
+
 def in_narrow(
     schedules: Sequence[Schedule],
     narrow: Callable[[Schedule | None], Model],

@@ -283,6 +283,7 @@ def inspect_tables(found: Record) -> list[RenderableType]:
             ("model", f"{model['path']}, opset {model['opset']}, {model['nodes']:,} nodes, {size(model['bytes'])}"),
             ("parameters", count(model["parameters"])),
             ("MACs", f"{count(found['macs'])} for {shapes}"),
+            ("tokens", _tokens_told(found["tokens"])),
         ]
     )
     timed = any("time_share" in site for site in found["sites"])
@@ -305,6 +306,15 @@ def inspect_tables(found: Record) -> list[RenderableType]:
     if found["refusals"]:
         parts.append(refusals_table(found["refusals"]))
     return parts
+
+
+def _tokens_told(tokens: Record) -> str:
+    """Where tokens can leave, or why they cannot, on one line."""
+    if "refusal" in tokens:
+        return f"all stay: {tokens['refusal']['reason']} ({tokens['refusal']['code']})"
+    places = f"{tokens['places']} attention{'s' if tokens['places'] != 1 else ''}"
+    some = "some" if tokens["count"] is None else f"some of {tokens['count']}"
+    return f"{some} can leave behind {places} (--passes tokens)"
 
 
 def why_tables(found: Record) -> list[RenderableType]:

@@ -43,14 +43,17 @@ class Target:
         return f"{self.quantity}={100 * self.value:g}%" if self.relative else f"{self.quantity}={self.value:g}{unit}"
 
 
-def parse_target(quantity: Quantity, text: str) -> Target:
+def parse_target(quantity: Quantity, text: str, option: str = "") -> Target:
     """``5ms``, ``60%``, ``auto``, ``300M``, ``40MB``.
+
+    Args:
+        option: what the user has written it behind, if not ``--target-QUANTITY``.
 
     Raises:
         InputError: not a quantity, no unit where one is needed, or out of range.
     """
     word = text.strip().lower()
-    wanted = f"--target-{quantity} takes a value such as {_EXAMPLES[quantity]}"
+    wanted = f"{option or f'--target-{quantity}'} takes a value such as {_EXAMPLES[quantity]}"
     if word == "auto":
         if quantity != "latency":
             raise InputError(f"{wanted}; auto is for latency only")

@@ -418,6 +418,8 @@ def test_a_step_tells_every_loss_it_was_judged_by(record: Record) -> None:
         {"step": "auto 82%", "kept": kept, "predicted": 1.0, "measured": None, "accuracy drop": 0.012, "expected drop": 0.034}
     ]
     assert "accuracy drop 1.20% expected drop 3.40%" in words_of(record)
+    record["search"][0] = {"step": "beside all tokens", "kept": kept, "predicted": 1.0, "measured": 1.0, "divergence": 0.00123}
+    assert "divergence 0.0012" in words_of(record)
 
 
 def test_finishing_says_what_was_kept_and_why(record: Record) -> None:
