@@ -382,7 +382,9 @@ class _Cutter:
         e = self.e
         if e.rank(node.outputs[0]) != 4:
             raise CannotCut(f"{node} has heads and batch on one axis")
-        bias = e.unsqueeze(e.op("Log", e.op("Max", sizes, e.array(np.array(GONE, np.float32)))), 1, 2)
+        if self.plan.policy not in (*MERGING, "grid"):  # where tokens merge, all are there
+            sizes = e.op("Max", sizes, e.array(np.array(GONE, np.float32)))
+        bias = e.unsqueeze(e.op("Log", sizes), 1, 2)
         with_mask = e.op("Add", tensor, bias) if uniform_value(self.view, node.inputs[slot]) != 0 else bias
         self.biases[node.index, slot] = bias if node.op == "Softmax" else with_mask
         return with_mask

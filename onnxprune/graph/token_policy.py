@@ -179,30 +179,35 @@ class Choice:
         Likeness is the cosine of features, which lost far less than that of keys. At most half of the tokens merge at one place.
         """
         e, lead, total = self.e, self.leading, self._others(before)
-        end, zero, two = e.int64([_END]), e.int64([0]), e.int64([2])
+        end, zero, one, two = e.int64([_END]), e.int64([0]), e.int64([1]), e.int64([2])
         leaving = e.op("Sub", total, e.op("Max", self._kept(share), e.op("Div", total, two)))
+        first_set, second_set = e.op("Div", e.op("Add", total, one), two), e.op("Div", total, two)
         starts = e.int64([lead]), e.int64([lead + 1])
         unit = e.op("Div", features, e.reduce("ReduceL2", features, [2], keepdims=True))
         ours, theirs = (e.slice(unit, 1, start, end, 2) for start in starts)
-        best, nearest = e.ops(2, "TopK", e.op("MatMul", ours, e.transpose(theirs, [0, 2, 1])), e.int64([1]), axis=2)
-        first_set = e.op("Div", e.op("Add", total, e.int64([1])), two)
-        order = e.ops(2, "TopK", e.squeeze(best, 2), first_set, axis=1)[1]
-        joining, staying = e.slice(order, 1, zero, leaving), e.slice(order, 1, leaving, end)
+        best, nearest = e.ops(2, "TopK", e.op("MatMul", ours, e.transpose(theirs, [0, 2, 1])), one, axis=2)
+        order = e.ops(2, "TopK", best, first_set, axis=1)[1]  # [B, first set, 1], as GatherND takes it
+        joining = e.slice(order, 1, zero, leaving)
+        targets = e.squeeze(e.op("GatherND", nearest, joining, batch_dims=1), 2)
+        joins = e.op("OneHot", targets, second_set, e.array(np.array([0, 1], np.float32)), axis=1)
         # Sums of features, with their sizes as one more column, so that one product adds up both.
-        column = e.unsqueeze(before.sizes or self._ones(before.count), 2)
-        sums = e.op("Concat", features if before.sizes is None else e.op("Mul", features, column), column, axis=2)
+        if before.sizes is None:
+            sums = e.op("Pad", features, e.array(np.array([0, 0, 0, 0, 0, 1], np.int64)), self.number(1.0))
+        else:
+            column = e.unsqueeze(before.sizes, 2)
+            sums = e.op("Concat", e.op("Mul", features, column), column, axis=2)
         first, second = (e.slice(sums, 1, start, end, 2) for start in starts)
-        slots = e.unsqueeze(self._range(e.op("Div", total, two)), 0, 2)
-        targets = self.take(nearest, joining)
-        joins = e.op("Cast", e.op("Equal", e.transpose(targets, [0, 2, 1]), slots), to=TensorProto.FLOAT)
-        joined = e.op("Add", second, e.op("MatMul", joins, self.take(first, joining)))
+        ordered = e.op("GatherND", first, order, batch_dims=1)
+        joined = e.op("Add", second, e.op("MatMul", joins, e.slice(ordered, 1, zero, leaving)))
         leading = [e.slice(sums, 1, zero, e.int64([lead]))] if lead else []
-        result = e.op("Concat", *leading, self.take(first, staying), joined, axis=1)
+        result = e.op("Concat", *leading, e.slice(ordered, 1, leaving, end), joined, axis=1)
         mass = e.slice(result, 2, e.int64([-1]), end)
         sizes = e.squeeze(mass, 2)
         merged = e.op("Div", e.slice(result, 2, zero, e.int64([-1])), mass)
         weights = sizes if before.weights == before.sizes else self._weights(sizes)
-        moves = self._merged(order, e.squeeze(targets, 2), e.op("Sub", first_set, leaving), e.op("Div", total, two))
+        order = e.squeeze(order, 2)
+        moves = self._merged(order, targets, e.op("Sub", first_set, leaving), second_set)
+        staying = e.slice(order, 1, leaving, end)
         return merged, Stretch(e.op("Sub", before.count, leaving), None, sizes, weights, moves=moves, staying=staying)
 
     def _merged(self, order: str, targets: str, stay: str, second: str) -> str:
