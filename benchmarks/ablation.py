@@ -1,6 +1,7 @@
 """What each ingredient of the default recipe is worth: accuracy and divergence at a share of the multiply-adds, one ingredient changed.
 
     python -m benchmarks.ablation --models FOLDER --task text --macs 30%
+    python -m benchmarks.ablation --table             # the tables of docs/accuracy.md from the results
 
 No clock is involved, so that a busy machine gives the same figures. All test rows; a run that is in the results is not repeated.
 """
@@ -17,7 +18,7 @@ import onnxprune
 from benchmarks.accuracy import quality
 from benchmarks.tasks import EMBEDDING, NAMES, Task, task
 
-RESULTS = Path(__file__).parent / "results"
+FILE = Path(__file__).parent / "results" / "ablation.json"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -32,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "256 rows": {"samples": 256},
     "with polish": {"passes": "heads,ffn,polish"},
     "with qk and vo": {"passes": "heads,ffn,qk,vo"},
+    "with qk, vo and polish": {"passes": "heads,ffn,qk,vo,polish"},
 }
 
 
@@ -45,24 +47,45 @@ def run(chosen: Task, macs: str, options: dict[str, Any]) -> dict[str, float]:
         return quality(chosen, result.output)
 
 
+def table(macs: str) -> str:
+    """A line a variant, a column a task."""
+    found = [row for row in json.loads(FILE.read_text()) if row["macs"] == macs]
+    names = [name for name in (*NAMES, EMBEDDING) if any(row["task"] == name for row in found)]
+    lines = [f"| {macs} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for variant in VARIANTS:
+        rows = {row["task"]: row for row in found if row["variant"] == variant}
+        if rows:
+            lines.append(f"| {variant} | {' | '.join(told(rows[name]) if name in rows else '' for name in names)} |")
+    return "\n".join(lines)
+
+
+def told(row: dict[str, Any]) -> str:
+    if row["task"] == EMBEDDING:
+        return f"{row['cosine']:.3f}, {row['rank_correlation']:.3f}"
+    return f"{100 * row['accuracy']:.2f} %, {row['kl']:.2g}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="folder of ready-made models (default: the project's samples)")
     parser.add_argument("--task", choices=(*NAMES, EMBEDDING), action="append", help="only this task (repeatable)")
     parser.add_argument("--macs", default="30%", help="share of the multiply-adds that stays")
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="only this variant (repeatable)")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the tables")
     args = parser.parse_args()
-    file = RESULTS / "ablation.json"
+    if args.table:
+        print("\n\n".join(table(macs) for macs in sorted({row["macs"] for row in json.loads(FILE.read_text())}, reverse=True)))
+        return
     for name in args.task or (*NAMES, EMBEDDING):
         chosen = task(name, args.models)
         for variant in args.variant or VARIANTS:
-            found = json.loads(file.read_text()) if file.is_file() else []
+            found = json.loads(FILE.read_text()) if FILE.is_file() else []
             key = {"task": name, "macs": args.macs, "variant": variant}
             if (variant == "true labels" and name == EMBEDDING) or any(key.items() <= row.items() for row in found):
                 continue
             row = {**key, **run(chosen, args.macs, VARIANTS[variant])}
             print(json.dumps(row), flush=True)
-            file.write_text(json.dumps([*found, row], indent=1) + "\n")
+            FILE.write_text(json.dumps([*found, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":
