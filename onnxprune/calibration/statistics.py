@@ -180,23 +180,24 @@ class SecondMoment:
 
 
 class SampleMoment:
-    """Second moments of rows x [1, width] that belong to samples: of all, and of what the rows of a sample have in common.
+    """Second moments of rows x [1, width] that belong to samples: of all, of what the rows of a sample have in common, and of their sums.
 
     With m the mean of the n rows of a sample, the sum of x'x is that of n m'm over samples and that of (x - m)'(x - m) over rows.
     """
 
     def __init__(self, width: int) -> None:
         self.all = SecondMoment(width)
-        self._means = SecondMoment(width, waiting=width)
+        self._means, self._sums = (SecondMoment(width, waiting=width) for _ in range(2))
 
     def add(self, rows: np.ndarray, real: np.ndarray, samples: int) -> None:
         """Add rows [samples * places, width], as many places of each sample; those that are not ``real``, bool [rows], do not count."""
         self.all.add(rows[real])
         places = real.reshape(samples, -1)
         counts = places.sum(axis=1)
-        sums = np.einsum("spw,sp->sw", rows.reshape(samples, -1, rows.shape[1]), places.astype(np.float32))
         there = counts > 0
-        self._means.add((sums[there] / np.sqrt(counts[there])[:, None]).astype(np.float32))
+        sums = np.einsum("spw,sp->sw", rows.reshape(samples, -1, rows.shape[1]), places.astype(np.float32))[there]
+        self._means.add((sums / np.sqrt(counts[there])[:, None]).astype(np.float32))
+        self._sums.add(sums)
 
     @property
     def rows(self) -> int:
@@ -205,7 +206,14 @@ class SampleMoment:
 
     @property
     def common(self) -> np.ndarray:
-        """Mean of m'm over rows, [width, width]."""
+        """Sum of n m'm per row, [width, width]."""
         moment = self._means.mean
         moment *= self._means.rows / max(self.rows, 1)
+        return moment
+
+    @property
+    def summed(self) -> np.ndarray:
+        """Sum of n^2 m'm over samples, [width, width]."""
+        moment = self._sums.mean
+        moment *= self._sums.rows
         return moment

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnxprune.calibration.data import Batch
 from onnxprune.calibration.objective import Objective, Targets
 from onnxprune.calibration.statistics import SampleMoment
 from onnxprune.graph.anatomy import Anatomy, Site
@@ -32,6 +31,9 @@ from onnxprune.passes.readers import Reader
 from onnxprune.passes.refit import RIDGE, student_reader
 from onnxprune.passes.scoring import still_read
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
+
+_ROUNDING = 1e-6
+"""Variation of what is read below this share of its second moment is rounding."""
 
 
 def obstacle(anatomy: Anatomy, site: Site) -> str | None:
@@ -69,13 +71,16 @@ def curvature_scores(
         found[site.name] = reader
     if not found:
         return scores
-    inputs, gradients, samples = _moments(student, found, objective, targets, draw, options, progress)
+    inputs, gradients, samples = _moments(anatomy, student, found, objective, targets, draw, options, progress)
     with threadpool_limits(options.threads or None):
         for name, reader in found.items():
             weight = view.value(reader.node.inputs[reader.slot])
             assert weight is not None
             if name in gradients:
-                gram, metric = _factors(inputs.pop(name), gradients.pop(name), samples, centred=reader.branch.bias is not None)
+                factors = _factors(inputs.pop(name), gradients.pop(name), samples, centred=reader.branch.bias is not None)
+                if factors is None:
+                    continue
+                gram, metric = factors
                 matrix = reader.matrix(weight).astype(np.float64) @ _root(metric)
                 scores[name] = eliminate(gram, matrix, reader.units(), len(kept[name]), RIDGE).saliency
     return scores
@@ -92,6 +97,7 @@ def _reader(anatomy: Anatomy, site: Site, view: GraphView, kept: Kept) -> Reader
 
 
 def _moments(
+    anatomy: Anatomy,
     student: Model,
     readers: Mapping[str, Reader],
     objective: Objective,
@@ -115,42 +121,55 @@ def _moments(
     names = list(dict.fromkeys([*read, *(ADJOINT + tensor for tensor in sorted(felt))]))
     inputs: dict[str, SampleMoment] = {}
     gradients: dict[str, SampleMoment] = {}
+    together = {name: _sample_by_sample(anatomy, reader) for name, reader in readers.items()}
     for number, batch in enumerate(batches):
         values = dict(zip(names, run(session, {**cut_feeds(student, batch.feeds), **targets.feeds(number, draw)}, names), strict=True))
         for name, reader in readers.items():
-            _add(inputs, name, batch, reader.rows(values[reader.tensor]))
+            found = {"read": reader.rows(values[reader.tensor])}
             if ADJOINT + reader.target in values:
-                _add(gradients, name, batch, reader.gradients(values[ADJOINT + reader.target]))
+                found["felt"] = reader.gradients(values[ADJOINT + reader.target])
+            for what, rows in found.items():
+                moments = inputs if what == "read" else gradients
+                known = moments.setdefault(name, SampleMoment(rows.shape[1]))
+                # Rows in another order are taken for samples of their own.
+                known.add(rows, batch.real_rows(len(rows)), len(batch) if together[name] else len(rows))
         if progress:
             progress(number + 1, len(batches))
     return inputs, gradients, sum(int(batch.valid.sum()) for batch in batches)
 
 
-def _add(moments: dict[str, SampleMoment], name: str, batch: Batch, rows: np.ndarray) -> None:
-    moments.setdefault(name, SampleMoment(rows.shape[1])).add(rows, batch.real_rows(len(rows)), len(batch))
+def _sample_by_sample(anatomy: Anatomy, reader: Reader) -> bool:
+    """Whether the tokens of a sample follow each other in the rows that a matrix reads; not where the first axis is that of tokens."""
+    samples, shape = anatomy.profile.shape(anatomy.model.input_names[0]), anatomy.profile.shape(reader.target)
+    moved = reader.branch.order is not None and reader.branch.order[0] != 0
+    return bool(samples and shape and samples[0] == shape[0]) and not moved
 
 
-def _factors(read: SampleMoment, felt: SampleMoment, samples: int, *, centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """H and G of one sample: one product in place of two, that of common parts and that of tokens' own; the traces of both are right.
+def _factors(read: SampleMoment, felt: SampleMoment, samples: int, *, centred: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """H and G of one sample: one product in place of two, that of common parts and that of tokens' own, whose traces it keeps.
 
     Args:
         read: of what a matrix reads.
         felt: of gradients at what it makes.
         centred: whether a bias follows the mean of what goes.
+
+    Returns:
+        or None if nothing varies, or nothing is felt.
     """
-    rows = felt.rows / samples
-    each = felt.all.mean * rows
-    common = felt.common * rows
-    own = each - common
-    common *= rows  # the gradients of a sample's tokens, added up
-    gram = read.common
-    rest = read.all.mean
+    common = felt.summed / samples
+    own = (felt.all.mean - felt.common) * (felt.rows / samples)
+    gram, rest = read.common, read.all.mean
+    least = _ROUNDING * float(np.trace(rest))
     rest -= gram
     if centred:
         mean = read.all.total / max(read.rows, 1)
         gram -= np.outer(mean, mean)
-    reads, feels = np.array([np.trace(gram), np.trace(rest)]), np.array([np.trace(common), np.trace(own)])
-    metric = (common * reads[0] + own * reads[1]) / max(float(feels @ reads), 1e-300)
+    reads = np.array([np.trace(gram), np.trace(rest)])
+    reads[reads < least] = 0.0
+    feels = np.maximum([np.trace(common), np.trace(own)], 0.0)
+    if not feels @ reads > 0:
+        return None
+    metric = (common * reads[0] + own * reads[1]) / (feels @ reads)
     gram *= feels[0]
     rest *= feels[1]
     gram += rest

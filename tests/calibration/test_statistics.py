@@ -137,3 +137,5 @@ def test_what_tokens_have_in_common_is_what_their_means_make(width: int) -> None
     np.testing.assert_allclose(moment.common, sum(mean.T @ mean for mean in means) / moment.rows, atol=1e-5)
     own = sum((sample - mean).T @ (sample - mean) for sample, mean in zip(samples, means, strict=True)) / moment.rows
     np.testing.assert_allclose(moment.all.mean - moment.common, own, atol=1e-5)
+    sums = np.array([sample.sum(axis=0) for sample in samples])
+    np.testing.assert_allclose(moment.summed, sums.T @ sums, rtol=1e-4, atol=1e-2)

@@ -5,20 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
 import pytest
 
+from onnxprune.calibration.data import CalibrationData
+from onnxprune.calibration.objective import Targets, choose_objective
 from onnxprune.calibration.statistics import SampleMoment
+from onnxprune.graph.anatomy import study
 from onnxprune.graph.autodiff import ADJOINT, adjoint_model
+from onnxprune.graph.canonical import canonicalise
+from onnxprune.graph.instrument import with_outputs
+from onnxprune.graph.model import load
 from onnxprune.graph.view import GraphView
 from onnxprune.importance.registry import CRITERIA
-from onnxprune.passes import rounds
-from onnxprune.passes.curvature import _factors, curvature_scores, obstacle
+from onnxprune.passes import curvature, rounds
+from onnxprune.passes.curvature import _factors, _sample_by_sample, curvature_scores, obstacle
 from onnxprune.passes.readers import Reader
 from onnxprune.passes.refit import student_reader
 from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scoring import mask_gradients
-from onnxprune.passes.workbench import Workbench, dense_student
-from onnxprune.runtime.session import open_session, run
+from onnxprune.passes.workbench import Recipe, Workbench, dense_student
+from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from tests.passes.cases import BERT, GPT2, LLAMA, VIT, workbench
 
 
@@ -77,10 +86,11 @@ def test_units_of_no_use_cost_nothing_and_go_first() -> None:
     assert scores[dead].max() < 1e-6 * scores[~dead].max()
 
 
-def moments(rows: np.ndarray) -> SampleMoment:
-    """Of rows [samples, tokens, width]."""
+def moments(rows: np.ndarray, real: np.ndarray | None = None) -> SampleMoment:
+    """Of rows [samples, tokens, width], real or not [samples, tokens]."""
     found = SampleMoment(rows.shape[2])
-    found.add(rows.reshape(-1, rows.shape[2]).astype(np.float32), np.ones(rows.shape[0] * rows.shape[1], bool), len(rows))
+    there = np.ones(rows.shape[:2], bool) if real is None else real
+    found.add(rows.reshape(-1, rows.shape[2]).astype(np.float32), there.reshape(-1), len(rows))
     return found
 
 
@@ -89,19 +99,102 @@ def test_where_all_tokens_feel_the_same_their_errors_add_up() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, 1, 5)) + 10 * rng.standard_normal((40, 6, 5)) * [0, 0, 0, 1, 1]
     gradient = np.tile(rng.standard_normal(3), (40, 6, 1))
-    gram, metric = _factors(moments(x), moments(gradient), 40, centred=False)
+    factors = _factors(moments(x), moments(gradient), 40, centred=False)
+    assert factors is not None
     for change in rng.standard_normal((8, 5, 3)):
         felt = np.square(np.einsum("spi,io,spo->s", x, change, gradient)).mean()
-        np.testing.assert_allclose(np.trace(gram @ change @ metric @ change.T), felt, rtol=1e-3)
+        np.testing.assert_allclose(np.trace(factors[0] @ change @ factors[1] @ change.T), felt, rtol=1e-3)
+
+
+def test_a_mean_over_tokens_feels_the_same_of_short_and_of_long_samples() -> None:
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(1, 30, 200)
+    real = np.arange(30) < lengths[:, None]
+    x = np.tile(rng.standard_normal((200, 1, 4)), (1, 30, 1))
+    gradient = np.tile(rng.standard_normal((1, 1, 3)) / lengths[:, None, None], (1, 30, 1))
+    factors = _factors(moments(x, real), moments(gradient, real), 200, centred=False)
+    assert factors is not None
+    for change in rng.standard_normal((8, 4, 3)):
+        felt = np.square(np.einsum("spi,io,spo,sp->s", x, change, gradient, real)).mean()
+        np.testing.assert_allclose(np.trace(factors[0] @ change @ factors[1] @ change.T), felt, rtol=0.2)
 
 
 def test_where_one_token_is_read_moments_are_those_of_all() -> None:
     rng = np.random.default_rng(1)
     x, gradient = rng.standard_normal((50, 1, 4)) + 3, rng.standard_normal((50, 1, 3))
-    gram, metric = _factors(moments(x), moments(gradient), 50, centred=True)
-    np.testing.assert_allclose(
-        np.kron(gram, metric), np.kron(np.cov(x[:, 0].T, bias=True), gradient[:, 0].T @ gradient[:, 0] / 50), rtol=1e-3, atol=1e-4
-    )
+    factors = _factors(moments(x), moments(gradient), 50, centred=True)
+    assert factors is not None
+    expected = np.kron(np.cov(x[:, 0].T, bias=True), gradient[:, 0].T @ gradient[:, 0] / 50)
+    np.testing.assert_allclose(np.kron(*factors), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_always_the_same_costs_nothing_beside_a_bias(seed: int) -> None:
+    """Its variation is rounding, which may be below zero."""
+    rng = np.random.default_rng(seed)
+    x = np.tile(rng.standard_normal(7) * 3, (30, 5, 1))
+    felt = moments(rng.standard_normal((30, 5, 3)))
+    assert _factors(moments(x), felt, 30, centred=True) is None
+    assert _factors(moments(x), felt, 30, centred=False) is not None
+    assert _factors(moments(rng.standard_normal((30, 5, 7))), moments(np.zeros((30, 5, 3))), 30, centred=True) is None
+
+
+BLOCK = """
+<ir_version: 9, opset_import: ["": 18]>
+block (float[b, n, 6] x, float[6, 12] up, float[12, 6] down) => (float[b, 6] embedding) {
+  one = Constant <value_ints: ints = [1]> ()
+  rows = Constant <value_ints: ints = [-1, 6]> ()
+  turned = Transpose <perm = [PERM]> (x)
+  shape = Shape (turned)
+  flat = Reshape (turned, rows)
+  wide = MatMul (flat, up)
+  active = Relu (wide)
+  narrow = MatMul (active, down)
+  whole = Reshape (narrow, shape)
+  back = Transpose <perm = [PERM]> (whole)
+  y = Add (x, back)
+  embedding = ReduceMean <keepdims = 0> (y, one)
+}
+"""
+
+
+def block(tokens_first: bool) -> Workbench:
+    """A feed-forward block in front of a mean over tokens, its rows sample by sample or token by token."""
+    proto = onnx.parser.parse_model(BLOCK.replace("PERM", "1, 0, 2" if tokens_first else "0, 1, 2"))
+    rng = np.random.default_rng(0)
+    for name, shape in (("up", (6, 12)), ("down", (12, 6))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    del proto.graph.input[1:]
+    model, profile = canonicalise(load(proto))
+    known = study(model, profile)
+    objective = choose_objective(known)
+    x = rng.standard_normal((32, 1, 6)) + 3 * rng.standard_normal((32, 10, 6))
+    batches = list(CalibrationData({"x": x.astype(np.float32)}, None, "made up").batches(8, trim=False))
+    targets = Targets(objective, batches, "sampled", 0)
+    session = open_session(with_outputs(model, [objective.tensor]))
+    for batch in batches:
+        targets.add(run(session, batch.feeds, [objective.tensor])[0])
+    return Workbench(known, known.sites, objective, batches, targets, RuntimeOptions(), Recipe())
+
+
+def test_rows_that_are_not_in_the_order_of_samples_are_not_taken_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch.nn.MultiheadAttention, which computes with tokens on the first axis: there all rows are one crowd."""
+
+    def scores(bench: Workbench) -> np.ndarray:
+        student = dense_student(bench.anatomy, bench.sites)
+        (found,) = curvature_scores(
+            bench.anatomy, student.model, student.kept, bench.sites, bench.objective, bench.targets, 1, bench.options
+        ).values()
+        return found
+
+    by_sample, by_token = block(tokens_first=False), block(tokens_first=True)
+    for bench in (by_sample, by_token):
+        (reader,) = readers(bench, dense_student(bench.anatomy, bench.sites).kept, bench.anatomy.view).values()
+        assert _sample_by_sample(bench.anatomy, reader) is (bench is by_sample)
+    apart, crowd = scores(by_sample), scores(by_token)
+    assert not np.allclose(apart, crowd, rtol=0.1)
+    monkeypatch.setattr(curvature, "_sample_by_sample", lambda *rest: False)
+    np.testing.assert_allclose(scores(by_sample), crowd, rtol=1e-3)
 
 
 def test_scores_of_a_student_are_those_of_its_kept_units() -> None:
