@@ -298,7 +298,10 @@ def inspect(
 
 def _tokens(canonical: Model) -> dict[str, Any]:
     """Behind how many attentions tokens can leave, how many there are (None: as many as are given) and always stay; or why none can."""
-    axis = study_tokens(canonical)
+    try:
+        axis = study_tokens(canonical)
+    except InputError as reason:
+        axis = Refusal("OP705", "tokens", str(reason))
     if isinstance(axis, Refusal):
         return {"refusal": axis.as_dict()}
     return {"places": len(axis.places), "count": axis.count, "leading": axis.leading}

@@ -430,6 +430,16 @@ def test_inspect_says_whether_tokens_can_leave() -> None:
     assert onnxprune.inspect(zoo.path(GPT2))["tokens"]["refusal"]["code"] == "OP703"
 
 
+def test_inspect_lists_sites_of_a_model_whose_tokens_cannot_be_studied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(model: Model) -> None:
+        raise InputError("cannot spell out its attention")
+
+    monkeypatch.setattr(api, "study_tokens", cannot)
+    found = onnxprune.inspect(zoo.path(BERT))
+    assert found["sites"]
+    assert found["tokens"]["refusal"]["reason"] == "cannot spell out its attention"
+
+
 def test_inspect_counts_for_the_shape_asked_for() -> None:
     shapes = {name: (1, 16) for name in ("input_ids", "attention_mask", "token_type_ids")}
     found = onnxprune.inspect(zoo.path(BERT), input_shapes=shapes)

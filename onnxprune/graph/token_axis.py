@@ -21,7 +21,6 @@ from onnxprune.graph.profile import Profile, synthetic_feeds
 from onnxprune.graph.view import GraphView, Node
 from onnxprune.runtime.session import open_session, run
 
-MINIMUM_OPSET = 13
 _POOLS = frozenset({"ReduceMean", "ReduceSum"})
 _SIZED = frozenset({"Reshape", "Expand"})
 """Operators that are told the sizes of what they make."""
@@ -83,8 +82,6 @@ class _Forbidden(Exception):
 def token_axis(view: GraphView, profile: Profile) -> TokenAxis | Refusal:
     """Find the places, or say why no token can leave."""
     try:
-        if view.model.opset() < MINIMUM_OPSET:
-            raise _Forbidden("OP701", f"the file is of opset {view.model.opset()}; tokens can leave from opset {MINIMUM_OPSET} on")
         places = find_places(view, profile)
         if not places:
             raise _Forbidden("OP702", "no attention is followed by one tensor [batch, tokens, width] that all features pass through")

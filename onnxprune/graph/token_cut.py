@@ -30,6 +30,7 @@ from onnxprune.graph.token_trace import Trace
 from onnxprune.graph.uniform import uniform_value
 from onnxprune.graph.view import GraphView, Node
 
+MINIMUM_OPSET = 13
 _ATTENTION = frozenset(key for key in COVERED if "Attention" in key[1] or "Rotary" in key[1])
 _END = 2**62
 
@@ -41,7 +42,13 @@ def spelled_out(model: Model) -> Model:
 
 
 def study_tokens(model: Model) -> TokenAxis | Refusal:
-    """Where tokens of a canonical model can leave, its attention spelled out."""
+    """Where tokens of a canonical model can leave, its attention spelled out.
+
+    Raises:
+        InputError: its attention cannot be spelled out, or it does not run on made-up inputs.
+    """
+    if model.opset() < MINIMUM_OPSET:
+        return Refusal("OP701", "tokens", f"the file is of opset {model.opset()}; tokens can leave from opset {MINIMUM_OPSET} on")
     plain = spelled_out(model)
     return token_axis(GraphView(plain), take_profile(plain))
 
@@ -108,6 +115,8 @@ class _Cutter:
         self.returning = Return(self.e, batch) if axis.returned else None
         self._choice: Choice | None = None
         self._traced = traced
+        self._first, self._measures = first, self.e.nodes[:]
+        del self.e.nodes[:]
 
     @property
     def choice(self) -> Choice:
@@ -125,8 +134,12 @@ class _Cutter:
         return Trace(self.e, self.choice, *self._sizes) if self._traced else None
 
     def run(self) -> Model:
+        if self._first not in self.view.producer:
+            self.e.nodes.extend(self._measures)
         for node in self.view.nodes:
             self._emit(node)
+            if self._first in node.outputs:  # what is measured there can be known from here on
+                self.e.nodes.extend(self._measures)
             for name in node.outputs:
                 if name in self.cuts:
                     self._cut(self.cuts[name])

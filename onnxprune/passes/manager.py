@@ -117,6 +117,7 @@ class _Search:
         self.meter = Meter(study_, self.bench, self.request, settings)
         self.dense = dense_student(study_.anatomy, study_.sites)
         self.trail: list[dict[str, Any]] = []
+        self._rival = ""
         self.polished: Polished | None = None
         self._known_scores: Scores | None = None
         self.refusals = study_.refusals
@@ -153,14 +154,15 @@ class _Search:
     def run(self, targets: Sequence[Target]) -> Iterator[Decision]:
         """A decision for every target, each beginning at the units that the one before kept."""
         tables, given = self.meter.tables(self.shipping)
-        shipping, start = self.shipping, self.dense
+        shipping, refusals, start = self.shipping, self.refusals, self.dense
         for target in targets:
-            self.settings, self.shipping, self.trail, self.polished = replace(self.settings, target=target), shipping, [], None
+            self.settings, self.shipping, self.refusals = replace(self.settings, target=target), shipping, refusals
+            self.trail, self.polished = [], None
             try:
                 decision = self._towards(tables, given, start)
             except NoGradient as missing:
                 self._score_without_gradients(missing)
-                self.shipping, self.trail = shipping, []
+                self.shipping, self.refusals, self.trail = shipping, refusals, []
                 decision = self._towards(tables, given, start)
             start = decision.student
             yield decision
@@ -237,26 +239,36 @@ class _Search:
                 self.shipping = whole.with_tokens(schedule.plan)
                 after, again = self.meter.tables(self.shipping)
                 beside = after.scaled(given / again)
+            if most > 1:
+                self._rival = "all tokens: " if schedule is None else f"schedule {1 + _place(schedule, whole.schedules)}: "
             try:
                 reached = self._search(beside, given, goal, start)
             except TargetError as error:
                 failure = error
                 continue
-            lost = 0.0 if most == 1 else self.yardstick(self.shipping.ship(reached.student))
             over = 0.0 if goal is None else max(reached.measured / goal - (1 + MISS), 0.0)
+            lost = 0.0 if most == 1 else self.yardstick(self.shipping.ship(reached.student))
             found.append(((over, lost), schedule, self.shipping, reached))
             if most > 1:
-                step = "all tokens" if schedule is None else f"tokens at {100 * schedule.share:.0f}%"
-                self._note(f"beside {step}", reached.student, reached.predicted, reached.measured, divergence=lost)
-            if len(found) == most:
+                self._note("result", reached.student, reached.predicted, reached.measured, divergence=lost)
+            met = sum(not over for (over, _), *_ in found)
+            if met == most or (most > 1 and len(found) == 2 * most):
                 break
+        self._rival = ""
         if not found:
             assert failure is not None
             raise failure
-        _, chosen, self.shipping, reached = min(found, key=lambda item: item[0])
+        (_, lost), chosen, self.shipping, reached = min(found, key=lambda item: item[0])
+        if most > 1:
+            self._rival = "all tokens: " if chosen is None else f"schedule {1 + _place(chosen, whole.schedules)}: "
+            self._note("taken", reached.student, reached.predicted, reached.measured, divergence=lost)
+            self._rival = ""
         if chosen is None:
-            reason = "narrowing alone loses less than beside any" if goal is not None else "more than half of --max-drop is lost by any"
-            self._refuse(Refusal("OP707", "tokens", f"{reason} of {len(whole.schedules)} schedules"), others=True)
+            tried = f"the {len(found) - 1} of {len(whole.schedules)} schedules that promise most lose more or miss the goal"
+            reason = f"all tokens serve this target best: {tried}"
+            if goal is None:
+                reason = f"any of {len(whole.schedules)} schedules loses more than half of --max-drop"
+            self._refuse(Refusal("OP707", "tokens", reason), others=True)
         return reached
 
     def _promising_schedules(self, tables: Tables, given: float, goal: float | None) -> tuple[Sequence[Schedule | None], int]:
@@ -277,8 +289,10 @@ class _Search:
         kept, trial = self._trial(table, goal, scores)
         factor = self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
 
+        sliced = shipping.sliced(trial)
+
         def narrow(schedule: Schedule | None) -> Model:
-            return (shipping if schedule is None else shipping.with_tokens(schedule.plan)).ship(trial)
+            return (shipping if schedule is None else shipping.with_tokens(schedule.plan)).ship(trial, sliced)
 
         def error_of_widths(share: float) -> float | None:
             kept = choose(self.bench, self.dense, scores, table, goal / share)
@@ -449,7 +463,7 @@ class _Search:
         return compare(self.study.given, shipping.ship(student), rows, self.objective, settings.runtime, settings.recipe.seed)
 
     def _note(self, step: str, student: Student, predicted: float | None, measured: float | None, **losses: float) -> None:
-        self.trail.append({"step": step, "kept": student.counts, "predicted": predicted, "measured": measured, **losses})
+        self.trail.append({"step": self._rival + step, "kept": student.counts, "predicted": predicted, "measured": measured, **losses})
         words = [f"{value:.4g}" if value else "-" for value in (predicted, measured)]
         log.info("%s: predicted %s, measured %s %s", step, *words, losses or "")
 
@@ -488,3 +502,7 @@ class _Search:
             self.refusals,
             self.polished,
         )
+
+
+def _place(schedule: Schedule, schedules: Sequence[Schedule]) -> int:
+    return next(number for number, other in enumerate(schedules) if other.plan == schedule.plan)

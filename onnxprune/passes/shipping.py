@@ -79,8 +79,7 @@ class Shipping:
             return None
         known = self._forms.get(id(student))
         if known is None:
-            model = install(slice_model(self.anatomy, student.kept), student.changes)
-            known = self._forms[id(student)] = student, self._tailored(model, self.scheme)
+            known = self._forms[id(student)] = student, self._tailored(self.sliced(student), self.scheme)
         return known[1]
 
     def _tailored(self, model: Model, scheme: Scheme) -> Int8Form:
@@ -92,18 +91,19 @@ class Shipping:
         form = self.form(student)
         if form is None:
             return None
-        model = install(slice_model(self.anatomy, student.kept), student.changes)
-        return replace(form, integers=round_weights(model, form, self.calibration, self.options))
+        return replace(form, integers=round_weights(self.sliced(student), form, self.calibration, self.options))
 
     def final(self, student: Student) -> Model:
         """The graph as it is written."""
-        model = install(slice_model(self.anatomy, student.kept), student.changes)
-        return finish(self._cut(model), self.steps, self.final_form(student))
+        return finish(self._cut(self.sliced(student)), self.steps, self.final_form(student))
 
-    def ship(self, student: Student) -> Model:
-        """The graph of a candidate: weights are rounded to nearest."""
-        model = install(slice_model(self.anatomy, student.kept), student.changes)
-        return finish(self._cut(model), self.steps, self.form(student))
+    def sliced(self, student: Student) -> Model:
+        """The float graph of a student, before tokens leave and rewrites run."""
+        return install(slice_model(self.anatomy, student.kept), student.changes)
+
+    def ship(self, student: Student, sliced: Model | None = None) -> Model:
+        """The graph of a candidate: weights are rounded to nearest. ``sliced`` is what :meth:`sliced` makes, if it is there."""
+        return finish(self._cut(sliced or self.sliced(student)), self.steps, self.form(student))
 
     def with_floats(self, floats: frozenset[str]) -> Shipping:
         """The same with these products in float; without integers if that is all of them."""

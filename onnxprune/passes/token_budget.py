@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxprune.graph.model import Model
-from onnxprune.passes.tokens import Schedule, timed_shares
+from onnxprune.passes.tokens import FASTER, Schedule, timed_shares
 from onnxprune.runtime.session import Feeds, RuntimeOptions
 from onnxprune.verification import Yardstick
 
@@ -49,7 +49,7 @@ def in_narrow(
     options: RuntimeOptions,
     seed: int,
 ) -> list[Schedule]:
-    """The schedules with the share of time that they leave, and the divergence that they add, in a narrower model.
+    """The schedules with the share of time that they leave, and the divergence that they add, in a narrower model; none that gains no time.
 
     Args:
         narrow: that model as it would be shipped with a schedule, or with all tokens.
@@ -61,6 +61,7 @@ def in_narrow(
     return [
         replace(schedule, share=shares[f"{number}"], error=max(yardstick(models[f"{number}"]) - without, 0.0))
         for number, schedule in enumerate(schedules)
+        if shares[f"{number}"] <= FASTER
     ]
 
 

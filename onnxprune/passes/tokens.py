@@ -45,7 +45,7 @@ TokenPolicy = Policy | Literal["auto"]
 
 _SIDE_BY_SIDE = 6
 
-_FASTER = 0.98
+FASTER = 0.98
 """A schedule must take no more than this share of the time with all tokens."""
 
 _LEAST: dict[Policy, float] = {"merge": 1 / 2, "drop-merge": 1 / 3}
@@ -150,7 +150,7 @@ def pareto(found: Sequence[Schedule]) -> tuple[Schedule, ...]:
     """Those that no other one beats in both error and time, from slow to fast; none that is no faster than all tokens are."""
     front: list[Schedule] = []
     for schedule in sorted(found, key=lambda item: (item.share, item.error)):
-        if schedule.share <= _FASTER and np.isfinite(schedule.error) and (not front or schedule.error < front[-1].error):
+        if schedule.share <= FASTER and np.isfinite(schedule.error) and (not front or schedule.error < front[-1].error):
             front.append(schedule)
     return tuple(reversed(front))
 

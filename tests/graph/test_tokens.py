@@ -182,9 +182,14 @@ def test_neither_padding_nor_other_rows_change_what_stays(name: str, variant: st
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_batches_give_what_single_images_give(policy: Policy) -> None:
+def test_batches_give_what_single_images_give_and_the_file_is_in_order(policy: Policy) -> None:
     model, _, axis = prepared("dinov2", "do18-sdpa")
-    session, feeds = open_session(cut_tokens(model, plan_of(axis, 0.5, policy))), images(model)
+    cut = cut_tokens(model, plan_of(axis, 0.5, policy))
+    later = {name for node in cut.proto.graph.node for name in node.output}
+    for node in cut.proto.graph.node:
+        assert later.isdisjoint(node.input)
+        later.difference_update(node.output)
+    session, feeds = open_session(cut), images(model)
     together = run(session, feeds)
     for row in range(3):
         alone = run(session, {key: value[row : row + 1] for key, value in feeds.items()})

@@ -40,16 +40,17 @@ def test_the_slowest_schedule_that_is_measured_to_meet_the_goal_is_tried_first()
 
 
 def test_a_schedule_is_measured_again_in_the_narrow_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time is a share of that model's, its error what it adds there; one that adds nothing is no gain."""
-    errors = {None: 0.1, "drop": 0.3, "merge": 0.05}
+    """Its time is a share of that model's, its error what it adds there; one that saves no time there is none."""
+    errors = {None: 0.1, "drop": 0.3, "merge": 0.05, "grid": 0.1}
 
     def shares(whole: str | None, models: Mapping[str, str], *rest: Any) -> dict[str, float]:
         assert whole is None
-        return {name: {"drop": 1.02, "merge": 0.9}[model] for name, model in models.items()}
+        return {name: {"drop": 0.95, "merge": 0.9, "grid": 0.99}[model] for name, model in models.items()}
 
     monkeypatch.setattr(token_budget, "timed_shares", shares)
     narrow: Any = lambda item: item and item.plan.policy  # noqa: E731
     yardstick: Any = errors.__getitem__
-    found = in_narrow([schedule(0.01, 0.8), schedule(0.02, 0.7, "merge")], narrow, yardstick, {}, RuntimeOptions(), 0)
-    assert [item.share for item in found] == [1.02, 0.9]
+    known = [schedule(0.01, 0.8), schedule(0.02, 0.7, "merge"), schedule(0.02, 0.6, "grid")]
+    found = in_narrow(known, narrow, yardstick, {}, RuntimeOptions(), 0)
+    assert [item.share for item in found] == [0.95, 0.9]
     assert [item.error for item in found] == pytest.approx([0.2, 0.0])

@@ -55,6 +55,7 @@ class Rivals:
         whole = SimpleNamespace(schedules=list(plans.values()), now=None, ship=lambda student: student.lost)
         whole.with_tokens = lambda plan: SimpleNamespace(**{**vars(whole), "now": plans[plan]})
         self.search.shipping, self.search.trail, self.search.refusals = whole, [], ()  # type: ignore[assignment]
+        self.search._rival = ""
         self.search.study = SimpleNamespace(sites=True)  # type: ignore[assignment]
         self.search.meter = SimpleNamespace(tables=lambda shipping: (SimpleNamespace(scaled=lambda factor: None), 1.0))  # type: ignore[assignment]
         self.search.yardstick = lambda lost: lost  # type: ignore[assignment, misc]
@@ -83,7 +84,13 @@ def test_of_all_tokens_and_the_schedules_that_promise_most_what_loses_least_is_t
     assert rivals.chosen() is MEDIUM
     assert rivals.tried == [None, MEDIUM, LIGHT]
     assert not rivals.search.refusals
-    assert [entry["divergence"] for entry in rivals.search.trail] == [0.3, 0.2, 0.4]
+    steps = [(entry["step"], entry["divergence"]) for entry in rivals.search.trail]
+    assert steps == [
+        ("all tokens: result", 0.3),
+        ("schedule 1: result", 0.2),
+        ("schedule 2: result", 0.4),
+        ("schedule 1: taken", 0.2),
+    ]
 
 
 def test_all_tokens_stay_if_that_loses_least_and_the_run_says_so() -> None:
@@ -94,6 +101,13 @@ def test_all_tokens_stay_if_that_loses_least_and_the_run_says_so() -> None:
 
 def test_what_loses_least_but_misses_the_goal_is_not_taken() -> None:
     assert Rivals({None: (1.0, 0.3), MEDIUM: (1.05, 0.2)}, most=3).chosen() is None
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_misses_the_goal_takes_nobodys_place(most: int) -> None:
+    rivals = Rivals({LIGHT: (1.2, 0.3), MEDIUM: (1.1, 0.2), HEAVY: (1.0, 0.4)}, most=most)
+    assert rivals.chosen() is HEAVY
+    assert rivals.tried == [LIGHT, MEDIUM, HEAVY]
 
 
 def test_a_schedule_that_cannot_reach_the_goal_gives_way_to_the_next_one() -> None:
