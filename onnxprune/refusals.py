@@ -320,7 +320,7 @@ CODES: dict[str, Code] = {
             "all tokens stay",
             "Fewer tokens would be faster, but the other passes meet the target with less loss while all tokens are there; or, without "
             "a target, even the mildest schedule loses too much.",
-            "narrowing alone loses less than beside any of 12 schedules",
+            "all tokens serve this target best: the 2 of 12 schedules that promise most lose more or miss the goal",
             "leave tokens out, or ask for a faster model",
         ),
         Code(
