@@ -6,6 +6,7 @@ import os
 
 from hypothesis import settings
 
-settings.register_profile("suite", derandomize=True)
-settings.register_profile("deep", max_examples=10_000)
+# No deadline: a busy machine is no defect.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("deep", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
