@@ -1,8 +1,8 @@
 """Fewer tokens: what every policy costs and gains on the tasks, and how fast it makes image transformers of full size.
 
-``--part tasks`` takes the schedules that the pass tries on a task; texts of a class are joined to 64 real tokens and more, and the request
-is the shortest of them. ``--part sizes`` times random networks of the size of ViT-S/16 and
-DINOv2-S/14 with seven tenths of the tokens kept behind three places.
+``--part tasks`` takes the schedules that the pass tries on a task; texts of a class are joined to 64 real tokens and more, and the
+request is the shortest of them. ``--part places`` lets every policy keep the same shares behind the same three places. ``--part sizes``
+times random networks of the size of ViT-S/16 and DINOv2-S/14 with seven tenths of the tokens kept behind three places.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from onnxprune.graph.anatomy import study
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.model import Model, load
 from onnxprune.graph.token_cut import cut_tokens, study_tokens
-from onnxprune.graph.token_plan import POLICIES, CannotCut, Policy
+from onnxprune.graph.token_plan import POLICIES, RANKING, CannotCut, Policy
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
 from onnxprune.passes.int8 import timed
@@ -50,15 +50,7 @@ def of_task(chosen: Task, policies: Sequence[Policy]) -> dict[str, Any]:
 
     Accuracy by labels, and ``same``: the share of test rows that the dense model answers alike.
     """
-    if "attention_mask" in chosen.test:
-        chosen = replace(chosen, calib=joined(chosen.calib), test=joined(chosen.test))
-    given = load(chosen.model_path)
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(path := Path(folder) / "calib.npz", **chosen.calib)
-        data = load_calibration(path, given)
-    model, profile = canonicalise(given)
-    objective = choose_objective(study(model, profile), None, data.labels, None)
-    yardstick = Yardstick(given, data.take(slice(0, JUDGES[chosen.name])), objective, OPTIONS)
+    chosen, given, model, data, yardstick = _prepared(chosen)
     rewrites = finishing("cpu")
     request = _shortest(data)
     dense = _answers(given, chosen)
@@ -77,6 +69,42 @@ def of_task(chosen: Task, policies: Sequence[Policy]) -> dict[str, Any]:
             print(policy, schedule.plan.score, f"{1 / schedule.share:.2f}x", f"{schedule.error:.2g}", found_, flush=True)
         result[policy] = rows
     return result
+
+
+def of_places(chosen: Task) -> dict[str, dict[str, float]]:
+    """Divergence of every policy and score with the same shares of tokens kept three times, by share and policy."""
+    chosen, _, model, data, yardstick = _prepared(chosen)
+    axis = study_tokens(model)
+    assert not isinstance(axis, Refusal)
+    places = len(axis.places)
+    planner = Planner(model, axis, data.take(slice(JUDGES[chosen.name], None)), OPTIONS)
+    stages = sorted({places // 4, places // 2, 3 * places // 4})
+    found: dict[str, dict[str, float]] = {}
+    for keep in (0.8, 0.7, 0.6):
+        shares = [keep ** sum(place >= stage for stage in stages) for place in range(places)]
+        for policy in POLICIES:
+            for predicted in (False, True) if policy in RANKING else (False,):
+                try:
+                    plan = planner.plan(policy, predicted, shares)
+                    error = yardstick(finish(cut_tokens(model, plan), finishing("cpu")))
+                except CannotCut:
+                    continue
+                found.setdefault(f"{keep}", {})[f"{policy} by {plan.score}"] = error
+                print(keep, policy, plan.score, f"{error:.3g}", flush=True)
+    return found
+
+
+def _prepared(chosen: Task) -> tuple[Task, Model, Model, CalibrationData, Yardstick]:
+    """The task, with texts joined; the model as given and canonical; all rows, and what judges on the first of them."""
+    if "attention_mask" in chosen.test:
+        chosen = replace(chosen, calib=joined(chosen.calib), test=joined(chosen.test))
+    given = load(chosen.model_path)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(path := Path(folder) / "calib.npz", **chosen.calib)
+        data = load_calibration(path, given)
+    model, profile = canonicalise(given)
+    objective = choose_objective(study(model, profile), None, data.labels, None)
+    return chosen, given, model, data, Yardstick(given, data.take(slice(0, JUDGES[chosen.name])), objective, OPTIONS)
 
 
 def joined(rows: Rows) -> Rows:
@@ -183,9 +211,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="folder of ready-made models (default: the project's samples)")
     parser.add_argument("--task", choices=NAMES, default="vision")
-    parser.add_argument("--part", choices=["tasks", "sizes"], default="tasks")
+    parser.add_argument("--part", choices=["tasks", "places", "sizes"], default="tasks")
     parser.add_argument("--policy", choices=POLICIES, action="append", help="only this policy of the tasks (repeatable)")
     args = parser.parse_args()
+    if args.part == "places":
+        target = RESULTS / "tokens_places.json"
+        known = json.loads(target.read_text()) if target.exists() else {}
+        target.write_text(json.dumps({**known, args.task: of_places(task(args.task, args.models))}, indent=1) + "\n")
+        return
     name = f"tokens_{args.task}" if args.part == "tasks" else "tokens_sizes"
     found = of_task(task(args.task, args.models), args.policy or POLICIES) if args.part == "tasks" else of_sizes()
     target = RESULTS / f"{name}.json"
