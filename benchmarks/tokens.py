@@ -175,7 +175,7 @@ def of_sizes() -> list[dict[str, Any]]:
             request = {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
             models: dict[str, Model] = {"all tokens": finish(model, rewrites)}
             images = np.random.default_rng(1).standard_normal((32, 3, 224, 224)).astype(np.float32)
-            planner = Planner(model, axis, CalibrationData({"pixel_values": images}, None, "noise"), OPTIONS)
+            planner = Planner(model, axis, CalibrationData({"pixel_values": images}, None, "noise", fixed_rows=1), OPTIONS)
             shares = [KEEP ** sum(block >= start for start in (2, 5, 8)) for block in range(len(axis.places))]
             for policy in POLICIES:
                 try:
