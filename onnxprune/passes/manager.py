@@ -31,8 +31,8 @@ from onnxprune.passes.polish import Polished, polish
 from onnxprune.passes.precision import Tables, assign, most_sensitive
 from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scope import Settings, Study, leading_to
-from onnxprune.passes.shipping import Shipping, choose_shipping
-from onnxprune.passes.token_budget import TRIED, by_promise, fast_enough, fastest_within, in_narrow
+from onnxprune.passes.shipping import choose_shipping
+from onnxprune.passes.token_budget import TRIED, Rival, by_promise, contest, fast_enough, fastest_within, in_narrow, named
 from onnxprune.passes.tokens import Schedule, choose_schedules
 from onnxprune.passes.workbench import Progress, Scores, Student, Workbench, dense_student, set_up
 from onnxprune.request import examples, request_feeds
@@ -230,44 +230,34 @@ class _Search:
 
     def _beside_tokens(self, tables: Tables, given: float, goal: float | None, start: Student) -> Reached:
         """The search beside each of a few schedules; of what comes out, what loses least on the rows that judge."""
-        whole, found = self.shipping, list[tuple[tuple[float, float], Schedule | None, Shipping, Reached]]()
-        schedules, most = self._promising_schedules(tables, given, goal)
-        failure: TargetError | None = None
-        for schedule in schedules:
+        whole = self.shipping
+        schedules, enough = self._promising_schedules(tables, given, goal)
+
+        def attempt(schedule: Schedule | None) -> Rival:
             self.shipping, beside = whole, tables
             if schedule is not None:
                 self.shipping = whole.with_tokens(schedule.plan)
                 after, again = self.meter.tables(self.shipping)
                 beside = after.scaled(given / again)
-            if most > 1:
-                self._rival = "all tokens: " if schedule is None else f"schedule {1 + _place(schedule, whole.schedules)}: "
-            try:
-                reached = self._search(beside, given, goal, start)
-            except TargetError as error:
-                failure = error
-                continue
+            self._rival = named(schedule, whole.schedules) if enough > 1 else ""
+            reached = self._search(beside, given, goal, start)
             over = 0.0 if goal is None else max(reached.measured / goal - (1 + MISS), 0.0)
-            lost = 0.0 if most == 1 else self.yardstick(self.shipping.ship(reached.student))
-            found.append(((over, lost), schedule, self.shipping, reached))
-            if most > 1:
+            lost = self.yardstick(self.shipping.ship(reached.student)) if enough > 1 else 0.0
+            if enough > 1:
                 self._note("result", reached.student, reached.predicted, reached.measured, divergence=lost)
-            met = sum(not over for (over, _), *_ in found)
-            if met == most or (most > 1 and len(found) == 2 * most):
-                break
+            return Rival(schedule, self.shipping, reached, over, lost)
+
+        taken, tried = contest(schedules, attempt, enough)
+        self.shipping, reached = taken.shipping, taken.reached
+        if enough > 1:
+            self._rival = named(taken.schedule, whole.schedules)
+            self._note("taken", reached.student, reached.predicted, reached.measured, divergence=taken.lost)
         self._rival = ""
-        if not found:
-            assert failure is not None
-            raise failure
-        (_, lost), chosen, self.shipping, reached = min(found, key=lambda item: item[0])
-        if most > 1:
-            self._rival = "all tokens: " if chosen is None else f"schedule {1 + _place(chosen, whole.schedules)}: "
-            self._note("taken", reached.student, reached.predicted, reached.measured, divergence=lost)
-            self._rival = ""
-        if chosen is None:
-            tried = f"the {len(found) - 1} of {len(whole.schedules)} schedules that promise most lose more or miss the goal"
-            reason = f"all tokens serve this target best: {tried}"
+        if taken.schedule is None:
+            count = len(whole.schedules)
+            reason = f"all tokens serve this target best: the {tried - 1} of {count} schedules that promise most lose more or miss the goal"
             if goal is None:
-                reason = f"any of {len(whole.schedules)} schedules loses more than half of --max-drop"
+                reason = f"any of {count} schedules loses more than half of --max-drop"
             self._refuse(Refusal("OP707", "tokens", reason), others=True)
         return reached
 
@@ -286,9 +276,7 @@ class _Search:
             return fast_enough(schedules, full, goal, measure if shipping.scheme is None else None), 1
         table = tables.integers if shipping.scheme else tables.floats
         scores = self._first_scores()
-        kept, trial = self._trial(table, goal, scores)
-        factor = self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
-
+        trial, factor = self._trial(table, goal, scores)
         sliced = shipping.sliced(trial)
 
         def narrow(schedule: Schedule | None) -> Model:
@@ -318,7 +306,7 @@ class _Search:
         scores, factor = None, 0.0
         if self.bench.sites:
             scores = self._first_scores()
-            factor = self._error_of_saliency(tables.integers, goal, scores)
+            _, factor = self._trial(tables.integers, goal, scores)
         found = offers_of(self.bench, scores, timed=True) if scores else {}
         offers = {name: (kept, factor * lost) for name, (kept, lost) in found.items()}
         # A site that goes empty here may stay in the end, and then it must not have counted for nothing in either precision.
@@ -343,17 +331,16 @@ class _Search:
             tables = tables.scaled(measured / table.full)
         return Reached(self.dense, table, table.full, measured)
 
-    def _error_of_saliency(self, table: CostTable, goal: float, scores: Scores) -> float:
-        """Divergence per unit of saliency removed, from one cut in the region of the goal: then int8 and pruning are counted alike."""
-        kept, trial = self._trial(table, goal, scores)
-        return self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
+    def _trial(self, table: CostTable, goal: float, scores: Scores) -> tuple[Student, float]:
+        """A model narrowed to the region of the goal in one cut, and its divergence per unit of saliency removed.
 
-    def _trial(self, table: CostTable, goal: float, scores: Scores) -> tuple[Kept, Student]:
-        """A model that has been narrowed to the region of the goal in one cut."""
+        By that tokens, int8 and pruning are counted alike.
+        """
         budget = min(goal, table.fixed + _TRIAL_SHARE * (table.full - table.fixed))
         kept = choose(self.bench, self.dense, scores, table, max(budget, table.floor))
         assert kept is not None
-        return kept, cut(self.bench, kept)
+        trial = cut(self.bench, kept)
+        return trial, self.yardstick(trial.model) / max(self._lost(scores, kept), 1e-30)
 
     def _lost(self, scores: Scores, kept: Kept) -> float:
         """Saliency of what ``kept`` leaves out."""
@@ -502,7 +489,3 @@ class _Search:
             self.refusals,
             self.polished,
         )
-
-
-def _place(schedule: Schedule, schedules: Sequence[Schedule]) -> int:
-    return next(number for number, other in enumerate(schedules) if other.plan == schedule.plan)

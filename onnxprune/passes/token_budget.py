@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnxprune.errors import TargetError
 from onnxprune.graph.model import Model
+from onnxprune.passes.anchor import Reached
+from onnxprune.passes.shipping import Shipping
 from onnxprune.passes.tokens import FASTER, Schedule, timed_shares
 from onnxprune.runtime.session import Feeds, RuntimeOptions
 from onnxprune.verification import Yardstick
@@ -81,3 +84,44 @@ def by_promise(schedules: Sequence[Schedule], error_of_widths: Callable[[float],
     for schedule in ranked:
         log.info("tokens: %.0f%% of the time, %.3g and widths: %.3g", 100 * schedule.share, schedule.error, expected(schedule))
     return ranked
+
+
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """What the search came to beside a schedule (None: all tokens): how far over the goal, as a share of it, and what is lost."""
+
+    schedule: Schedule | None
+    shipping: Shipping
+    reached: Reached
+    over: float
+    lost: float
+
+
+def contest(schedules: Sequence[Schedule | None], attempt: Callable[[Schedule | None], Rival], enough: int) -> tuple[Rival, int]:
+    """Of the first ``enough`` rivals that meet the goal the one that loses least, else the one nearest to it; and how many there were.
+
+    Of more than one, twice as many are tried at most.
+
+    Raises:
+        TargetError: the goal is out of reach beside all of them.
+    """
+    found: list[Rival] = []
+    failure: TargetError | None = None
+    for schedule in schedules:
+        try:
+            found.append(attempt(schedule))
+        except TargetError as error:
+            failure = error
+        if sum(not rival.over for rival in found) == enough or (enough > 1 and len(found) == 2 * enough):
+            break
+    if not found:
+        assert failure is not None
+        raise failure
+    return min(found, key=lambda rival: (rival.over, rival.lost)), len(found)
+
+
+def named(schedule: Schedule | None, schedules: Sequence[Schedule]) -> str:
+    """How the trail calls a rival: by the place of its schedule among all."""
+    if schedule is None:
+        return "all tokens: "
+    return f"schedule {1 + [other.plan for other in schedules].index(schedule.plan)}: "
