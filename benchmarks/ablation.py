@@ -1,4 +1,4 @@
-"""What each ingredient of the default recipe is worth: accuracy and divergence at a share of the multiply-adds, one ingredient changed.
+"""What each ingredient of the default recipe is worth, and what the recipes of others are: what is left at a share of the multiply-adds.
 
     python -m benchmarks.ablation --models FOLDER --task text --macs 30%
     python -m benchmarks.ablation --table             # the tables of docs/accuracy.md from the results
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "with qk and vo": {"passes": "heads,ffn,qk,vo"},
     "with qk, vo and polish": {"passes": "heads,ffn,qk,vo,polish"},
 }
+"""The default recipe with one thing changed."""
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "magnitude, layers alike, nothing re-fitted": {"importance": "magnitude", "uniform": True, "compensation": "none"},
+    "magnitude, layers alike, re-fit": {"importance": "magnitude", "uniform": True},
+    "Fisher at once, a scale per unit": {"importance": "fisher", "rounds": 1, "compensation": "scale"},
+    "Fisher at once, re-fit": {"importance": "fisher", "rounds": 1},
+    "Fisher in four rounds, re-fit": {"importance": "fisher", "rounds": 4},
+    "OBS error of the layer alone, re-fit": {"importance": "obs", "rounds": 1},
+}
+"""What others do, by the parts of this project: the third is the method of Kwon et al. (2022) without its rearrangement."""
+
+RECIPES = VARIANTS | BASELINES
+COMPARED = ("default", "with qk and vo", *BASELINES)
 
 
 def run(chosen: Task, macs: str, options: dict[str, Any]) -> dict[str, float]:
@@ -47,12 +62,12 @@ def run(chosen: Task, macs: str, options: dict[str, Any]) -> dict[str, float]:
         return quality(chosen, result.output)
 
 
-def table(macs: str) -> str:
-    """A line a variant, a column a task."""
-    found = [row for row in json.loads(FILE.read_text()) if row["macs"] == macs]
+def table(macs: str, recipes: Iterable[str]) -> str:
+    """A line a recipe that was measured, a column a task."""
+    found = [row for row in json.loads(FILE.read_text()) if row["macs"] == macs and row["variant"] in recipes]
     names = [name for name in (*NAMES, EMBEDDING) if any(row["task"] == name for row in found)]
     lines = [f"| {macs} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for variant in VARIANTS:
+    for variant in recipes:
         rows = {row["task"]: row for row in found if row["variant"] == variant}
         if rows:
             lines.append(f"| {variant} | {' | '.join(told(rows[name]) if name in rows else '' for name in names)} |")
@@ -70,20 +85,21 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder of ready-made models (default: the project's samples)")
     parser.add_argument("--task", choices=(*NAMES, EMBEDDING), action="append", help="only this task (repeatable)")
     parser.add_argument("--macs", default="30%", help="share of the multiply-adds that stays")
-    parser.add_argument("--variant", choices=VARIANTS, action="append", help="only this variant (repeatable)")
+    parser.add_argument("--variant", choices=RECIPES, action="append", help="only this recipe (repeatable)")
     parser.add_argument("--table", action="store_true", help="measure nothing; print the tables")
     args = parser.parse_args()
     if args.table:
-        print("\n\n".join(table(macs) for macs in sorted({row["macs"] for row in json.loads(FILE.read_text())}, reverse=True)))
+        shares = sorted({row["macs"] for row in json.loads(FILE.read_text())}, reverse=True)
+        print("\n\n".join(table(macs, recipes) for recipes in (VARIANTS, COMPARED) for macs in shares))
         return
     for name in args.task or (*NAMES, EMBEDDING):
         chosen = task(name, args.models)
-        for variant in args.variant or VARIANTS:
+        for variant in args.variant or RECIPES:
             found = json.loads(FILE.read_text()) if FILE.is_file() else []
             key = {"task": name, "macs": args.macs, "variant": variant}
             if (variant == "true labels" and name == EMBEDDING) or any(key.items() <= row.items() for row in found):
                 continue
-            row = {**key, **run(chosen, args.macs, VARIANTS[variant])}
+            row = {**key, **run(chosen, args.macs, RECIPES[variant])}
             print(json.dumps(row), flush=True)
             FILE.write_text(json.dumps([*found, row], indent=1) + "\n")
 
