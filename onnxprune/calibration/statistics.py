@@ -117,14 +117,14 @@ class Statistics:
         return statistics
 
 
-_BLOCK_ROWS, _BLOCK_VALUES = 2048, 2**21
+_BLOCK_ROWS, _BLOCK_VALUES = 1024, 2**21
 """Most rows, and most numbers, that wait to be multiplied."""
 
 _PANEL = 512
 
 
 class SecondMoment:
-    """x'x and the sum of rows x [1, width], in float64: one float32 product for every 2,048 rows, or fewer where they are wide.
+    """x'x and the sum of rows x [1, width], in float64: one float32 product for every 1,024 rows, or fewer where they are wide.
 
     Of x'x only panels of rows up to the diagonal are computed and kept: the sums for all wide matrices of a model are in memory at once.
 
@@ -188,6 +188,7 @@ class SampleMoment:
     def __init__(self, width: int) -> None:
         self.all = SecondMoment(width)
         self._means, self._sums = (SecondMoment(width, waiting=width) for _ in range(2))
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, rows: np.ndarray, real: np.ndarray, samples: int) -> None:
         """Add rows [samples * places, width], as many places of each sample; those that are not ``real``, bool [rows], do not count."""
@@ -195,9 +196,17 @@ class SampleMoment:
         places = real.reshape(samples, -1)
         counts = places.sum(axis=1)
         there = counts > 0
-        sums = np.einsum("spw,sp->sw", rows.reshape(samples, -1, rows.shape[1]), places.astype(np.float32))[there]
-        self._means.add((sums / np.sqrt(counts[there])[:, None]).astype(np.float32))
-        self._sums.add(sums)
+        sums = np.einsum("spw,sp->sw", rows.reshape(samples, -1, rows.shape[1]), places.astype(np.float32))
+        self._waiting.append((sums[there], counts[there]))
+        # Until there are as many samples as columns, one row of each takes less memory than products do.
+        if sum(len(counts) for _, counts in self._waiting) >= rows.shape[1]:
+            self._fold()
+
+    def _fold(self) -> None:
+        for sums, counts in self._waiting:
+            self._sums.add(sums)
+            self._means.add((sums / np.sqrt(counts)[:, None]).astype(np.float32))
+        self._waiting.clear()
 
     @property
     def rows(self) -> int:
@@ -207,6 +216,7 @@ class SampleMoment:
     @property
     def common(self) -> np.ndarray:
         """Sum of n m'm per row, [width, width]."""
+        self._fold()
         moment = self._means.mean
         moment *= self._means.rows / max(self.rows, 1)
         return moment
@@ -214,6 +224,7 @@ class SampleMoment:
     @property
     def summed(self) -> np.ndarray:
         """Sum of n^2 m'm over samples, [width, width]."""
+        self._fold()
         moment = self._sums.mean
         moment *= self._sums.rows
         return moment
