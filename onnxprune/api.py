@@ -34,7 +34,7 @@ from onnxprune.graph.vocabulary import cut_vocabulary
 from onnxprune.options import parse_share, settings
 from onnxprune.outputs import input_files, model_output, run_output
 from onnxprune.passes.apply import execute, finish, shipped
-from onnxprune.passes.decision import HELD_BACK, split
+from onnxprune.passes.rows import HELD_BACK, split
 from onnxprune.passes.scope import Settings, Study, understand
 from onnxprune.passes.shallow import decide_depth
 from onnxprune.passes.workbench import Progress

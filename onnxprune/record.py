@@ -90,7 +90,7 @@ def new_record(decision: Decision, chosen: Settings, started: float, command: Se
             {"input": name, "output": cut.output, "axis": cut.axis, "units": cut.of, "kept": len(cut.kept)}
             for name, cut in decision.plan.caches.items()
         ],
-        "compensation": [asdict(fit) for fit in decision.fits],
+        "compensation": [asdict(fit) for fit in decision.student.fits],
         "search": list(decision.trail),
         "finishing": [part.as_dict() for part in decision.shipping.parts],
         "vocabulary": {

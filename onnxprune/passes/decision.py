@@ -13,17 +13,15 @@ from onnxprune.calibration.objective import Objective
 from onnxprune.errors import Refusal
 from onnxprune.graph.anatomy import Site
 from onnxprune.graph.slicing import cuts_of
-from onnxprune.passes.meter import UNITS
+from onnxprune.passes.aim import Outcome
 from onnxprune.passes.polish import Polished
-from onnxprune.passes.scope import Settings, Study
+from onnxprune.passes.premises import Premises
+from onnxprune.passes.scope import Study
 from onnxprune.passes.shipping import Shipping
-from onnxprune.passes.workbench import Recipe, Student
+from onnxprune.passes.workbench import Student
 from onnxprune.search.costs import CostTable
 from onnxprune.search.plan import Plan, recipe_dict
-
-HELD_BACK = 1024
-JUDGES = 256
-"""Most rows that judge choices, of those held back."""
+from onnxprune.search.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,46 +42,18 @@ class Decision:
     measured: float
     already_met: bool
     student: Student
-    fits: tuple[Any, ...]
     trail: tuple[dict[str, Any], ...]
     shipping: Shipping
     refusals: tuple[Refusal, ...]
     polished: Polished | None = None
 
 
-def split(data: CalibrationData, settings: Settings) -> tuple[CalibrationData, CalibrationData]:
-    """Rows that decide and rows that judge: at most ``samples`` and 1,024; at least a quarter is held back."""
-    rows = min(settings.samples, int(len(data) * 0.75))
-    held = min(len(data) - rows, HELD_BACK)
-    return data.split(rows, held, settings.recipe.seed)
-
-
-def judging_rows(study: Study, settings: Settings, held: int) -> int:
-    """How many of ``held`` rows choose between models, and so take no part in what is reported."""
-    if settings.target.auto or settings.protect_classes:
-        return held // 2
-    if study.layers:
-        return min(held // 2, JUDGES)
-    judged = study.integers or study.polish or UNITS[settings.target.quantity] == "ms"
-    return max(min(held // 4, JUDGES), 1) if judged and held > 1 else 0
-
-
-def write_plan(
-    study: Study,
-    settings: Settings,
-    recipe: Recipe,
-    objective: Objective,
-    data: CalibrationData,
-    shipping: Shipping,
-    student: Student,
-    predicted: Mapping[str, float],
-    example: Mapping[str, tuple[int, ...]],
-    refusals: tuple[Refusal, ...],
-) -> Plan:
-    """The plan that makes ``student`` out of the file as given, and ships it. ``predicted`` are costs by unit."""
+def write_plan(premises: Premises, target: Target, outcome: Outcome, refusals: tuple[Refusal, ...]) -> Plan:
+    """The plan that makes the student reached out of the file as given, and ships it."""
     from onnxprune import __version__
 
-    source = study.given.source
+    study, settings, shipping, reached = premises.study, premises.settings, outcome.shipping, outcome.reached
+    student, source = reached.student, study.given.source
     return Plan(
         version=__version__,
         input_sha256=source.sha256 if source else "",
@@ -91,22 +61,22 @@ def write_plan(
         rewrites=shipping.steps,
         kept={site: tuple(int(unit) for unit in units) for site, units in student.kept.items()},
         units={site.name: site.units for site in study.sites},
-        target=str(settings.target),
-        predicted=dict(predicted),
+        target=str(target),
+        predicted={reached.table.unit: reached.predicted},
         recipe={
-            **recipe_dict(recipe),
+            **recipe_dict(premises.bench.recipe),
             "loss": settings.loss,
-            "calibration_sha256": data.sha256,
+            "calibration_sha256": premises.calibration.sha256,
             **({"protect_classes": True} if settings.protect_classes else {}),
         },
-        objective={"output": objective.output, "link": objective.link, "why": objective.why},
+        objective={"output": premises.objective.output, "link": premises.objective.link, "why": premises.objective.why},
         refusals=refusals,
         caches=cuts_of(study.anatomy, student.kept),
         int8=shipping.final_form(student),
         vocabularies=study.words.vocabularies,
         vocab_map=study.words.place,
         tokens=shipping.tokens_of(student),
-        example=dict(example),
+        example=dict(premises.example),
         changes=student.changes,
         bases=study.bases,
         streams={item.stream: item.basis for item in study.streams.narrowings} if study.streams else {},

@@ -91,6 +91,16 @@ class Study:
         """Whether the model has lost something before the search began."""
         return bool(self.words.vocabularies or self.narrower or self.shallow)
 
+    def refused(self, refusal: Refusal, *, others: bool) -> Refusal:
+        """The refusal, as a pass does not do its part; ``others`` than units, rewrites and what is smaller already do theirs.
+
+        Raises:
+            NothingPrunable: there is nothing else to do.
+        """
+        if not (others or self.sites or self.rewrites or self.smaller):
+            raise NothingPrunable(str(refusal))
+        return refusal
+
     @property
     def narrower(self) -> bool:
         """Whether residual streams have another basis than in the file as given."""

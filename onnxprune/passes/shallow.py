@@ -19,11 +19,13 @@ from onnxprune.graph.model import Model
 from onnxprune.graph.profile import shapes_of
 from onnxprune.passes.apply import finish
 from onnxprune.passes.base import finishing
-from onnxprune.passes.decision import JUDGES, Decision, judging_rows, split
+from onnxprune.passes.decision import Decision
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.layers import COLLAPSE, Bench, Shallow, shallower_models
-from onnxprune.passes.manager import MOST_DROP, decide
+from onnxprune.passes.manager import decide
 from onnxprune.passes.meter import UNITS
+from onnxprune.passes.premises import MOST_DROP
+from onnxprune.passes.rows import JUDGES, judging_rows, split
 from onnxprune.passes.scope import Settings, Study, of_shallow
 from onnxprune.passes.workbench import Progress
 from onnxprune.request import examples, request_feeds

@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxprune.errors import TargetError
+from onnxprune.errors import Refusal, TargetError
 from onnxprune.graph.model import Model
-from onnxprune.passes.anchor import Reached
-from onnxprune.passes.shipping import Shipping
+from onnxprune.passes.aim import Aim, Outcome
+from onnxprune.passes.anchor import MISS
+from onnxprune.passes.choice import choose
+from onnxprune.passes.exchange import exchange
+from onnxprune.passes.premises import Premises
 from onnxprune.passes.tokens import FASTER, Schedule, timed_shares
 from onnxprune.runtime.session import Feeds, RuntimeOptions
 from onnxprune.verification import Yardstick
@@ -24,6 +27,76 @@ log = logging.getLogger(__name__)
 
 TRIED = 2
 """Beside how many schedules, and beside all tokens, the rest of the target is searched for."""
+
+
+def search_beside_tokens(premises: Premises, aim: Aim, search: Callable[[Premises, Aim], Outcome]) -> Outcome:
+    """The search beside each of a few schedules; of what comes out, what loses least on the rows that judge."""
+    whole = aim.shipping
+    schedules, enough = _promising(premises, aim)
+    rivalry = enough > 1
+
+    def attempt(schedule: Schedule | None) -> Rival:
+        own = replace(aim, trail=aim.trail.of(_named(schedule, whole.schedules))) if rivalry else aim
+        if schedule is not None:
+            shipping = whole.with_tokens(schedule.plan)
+            after, again = premises.meter.tables(shipping)
+            own = replace(own, shipping=shipping, tables=after.scaled(aim.given / again))
+        outcome = search(premises, own)
+        reached = outcome.reached
+        over = 0.0 if aim.goal is None else max(reached.measured / aim.goal - (1 + MISS), 0.0)
+        lost = premises.yardstick(outcome.shipping.ship(reached.student)) if rivalry else 0.0
+        if rivalry:
+            own.trail.note("result", reached.student, reached.predicted, reached.measured, divergence=lost)
+        return Rival(schedule, outcome, over, lost)
+
+    taken, tried = contest(schedules, attempt, enough)
+    outcome = taken.outcome
+    if rivalry:
+        reached = outcome.reached
+        trail = aim.trail.of(_named(taken.schedule, whole.schedules))
+        trail.note("taken", reached.student, reached.predicted, reached.measured, divergence=taken.lost)
+    if taken.schedule is None:
+        count = len(whole.schedules)
+        reason = f"all tokens serve this target best: the {tried - 1} of {count} schedules that promise most lose more or miss the goal"
+        if aim.goal is None:
+            reason = f"any of {count} schedules loses more than half of --max-drop"
+        refusal = premises.study.refused(Refusal("OP707", "tokens", reason), others=True)
+        outcome = replace(outcome, refusals=(*outcome.refusals, refusal))
+    return outcome
+
+
+def _promising(premises: Premises, aim: Aim) -> tuple[Sequence[Schedule | None], int]:
+    """Schedules in the order in which they should be tried, None for that of all tokens; and how many results are enough."""
+    shipping, goal, dense = aim.shipping, aim.goal, premises.dense
+    schedules, tables = shipping.schedules, aim.tables
+    if goal is None:
+
+        def loss(schedule: Schedule) -> float:
+            return premises.judge(shipping.with_tokens(schedule.plan), dense, premises.judges).loss[1]
+
+        # Half of what may be lost is for widths.
+        return [fastest_within(schedules, premises.limit / 2, loss)], 1
+    if not premises.study.sites:
+
+        def measure(schedule: Schedule) -> float:
+            return premises.meter.measure(dense, aim.given, shipping.with_tokens(schedule.plan))
+
+        full = min(tables.floats.full, tables.integers.full)
+        return fast_enough(schedules, full, goal, measure if shipping.scheme is None else None), 1
+    table = tables.integers if shipping.scheme else tables.floats
+    known = exchange(premises, table, goal)
+    sliced = shipping.sliced(known.trial)
+
+    def narrow(schedule: Schedule | None) -> Model:
+        return (shipping if schedule is None else shipping.with_tokens(schedule.plan)).ship(known.trial, sliced)
+
+    def error_of_widths(share: float) -> float | None:
+        kept = choose(premises.bench, dense, known.scores, table, goal / share)
+        return None if kept is None else known.divergence(kept)
+
+    settings = premises.settings
+    again = in_narrow(schedules, narrow, premises.yardstick, premises.request, settings.runtime, settings.recipe.seed)
+    return [None, *by_promise(again, error_of_widths)], 1 + TRIED
 
 
 def fastest_within(schedules: Sequence[Schedule], limit: float, loss: Callable[[Schedule], float]) -> Schedule | None:
@@ -91,8 +164,7 @@ class Rival:
     """What the search came to beside a schedule (None: all tokens): how far over the goal, as a share of it, and what is lost."""
 
     schedule: Schedule | None
-    shipping: Shipping
-    reached: Reached
+    outcome: Outcome
     over: float
     lost: float
 
@@ -120,7 +192,7 @@ def contest(schedules: Sequence[Schedule | None], attempt: Callable[[Schedule | 
     return min(found, key=lambda rival: (rival.over, rival.lost)), len(found)
 
 
-def named(schedule: Schedule | None, schedules: Sequence[Schedule]) -> str:
+def _named(schedule: Schedule | None, schedules: Sequence[Schedule]) -> str:
     """How the trail calls a rival: by the place of its schedule among all."""
     if schedule is None:
         return "all tokens: "

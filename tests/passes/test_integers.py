@@ -12,12 +12,13 @@ from onnxprune.calibration.data import CalibrationData
 from onnxprune.errors import NothingPrunable, TargetError
 from onnxprune.graph.model import load
 from onnxprune.options import settings
-from onnxprune.passes import manager, meter, shipping
+from onnxprune.passes import meter, shipping
 from onnxprune.passes.apply import execute
 from onnxprune.passes.decision import Decision
 from onnxprune.passes.int8 import Scheme, Trial, products_of
 from onnxprune.passes.manager import decide
 from onnxprune.passes.precision import Group
+from onnxprune.passes.premises import Premises, prepare
 from onnxprune.passes.scope import understand
 from onnxprune.passes.shipping import Shipping
 from onnxprune.passes.workbench import Student
@@ -165,8 +166,8 @@ def test_a_target_is_met_with_as_few_rows_as_are_allowed(monkeypatch: pytest.Mon
 def test_rows_that_chose_the_integers_do_not_report(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     study = understand(load(zoo.path(VIT)), settings("heads,int8"))
-    searching = manager._Search(study, calibration(VIT, 64), settings("heads,int8", target_macs="60%"), None)
-    parts = [part.inputs["pixel_values"] for part in (searching.calibration, searching.judges, searching.held_back)]
+    premises = prepare(study, calibration(VIT, 64), settings("heads,int8", target_macs="60%"), None)
+    parts = [part.inputs["pixel_values"] for part in (premises.calibration, premises.judges, premises.held_back)]
     assert [len(part) for part in parts] == [48, 4, 12]
     assert len(np.unique(np.concatenate(parts).reshape(64, -1), axis=0)) == 64
 
@@ -206,14 +207,13 @@ def test_integers_that_are_slower_are_nothing_to_do_where_nothing_else_was_asked
 def loses(monkeypatch: pytest.MonkeyPatch, per_group: float) -> None:
     """A model that loses this much for each of its most sensitive groups that computes in integers, and 0.9 for any unit."""
 
-    def judge(self: Any, student: Student, rows: CalibrationData) -> Comparison:
-        known = self.shipping
+    def judge(self: Any, known: Shipping, student: Student, rows: CalibrationData) -> Comparison:
         left = [group for group in known.groups if known.scheme is not None and group.products[0] not in known.floats]
         pruned = any(len(units) < self.dense.counts[site] for site, units in student.kept.items())
         agreement = 1 - min(1.0, per_group * len(left) + 0.9 * pruned)
         return Comparison(len(rows), "logits", agreement=Interval(agreement, agreement, agreement))
 
-    monkeypatch.setattr(manager._Search, "judge", judge)
+    monkeypatch.setattr(Premises, "judge", judge)
 
 
 def sensitive(decision: Decision, share: float) -> set[str]:

@@ -21,9 +21,10 @@ from onnxprune.graph.model import Model, load
 from onnxprune.graph.view import GraphView
 from onnxprune.options import settings
 from onnxprune.passes import layers, shallow
-from onnxprune.passes.decision import Decision, split
+from onnxprune.passes.decision import Decision
 from onnxprune.passes.layers import fitted, site_names
 from onnxprune.passes.manager import decide
+from onnxprune.passes.rows import split
 from onnxprune.passes.scope import Study
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
 from onnxprune.verification import Yardstick

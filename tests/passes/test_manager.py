@@ -14,11 +14,15 @@ from onnxprune.calibration.source import load_calibration
 from onnxprune.errors import InputError, NothingPrunable, TargetError
 from onnxprune.graph.model import Model, load
 from onnxprune.options import settings
-from onnxprune.passes import anchor, manager, meter
+from onnxprune.passes import anchor, meter
+from onnxprune.passes.aim import Trail
 from onnxprune.passes.apply import execute
-from onnxprune.passes.decision import Decision, split, summary
+from onnxprune.passes.decision import Decision, summary
 from onnxprune.passes.manager import decide
+from onnxprune.passes.premises import Premises, prepare
+from onnxprune.passes.rows import split
 from onnxprune.passes.scope import Settings, Study, understand
+from onnxprune.passes.shipping import Shipping
 from onnxprune.passes.workbench import Student
 from onnxprune.runtime.measure import Timings
 from onnxprune.verification import WorstClass, compare
@@ -288,11 +292,11 @@ def test_auto_decides_on_the_last_model_that_loses_no_more_than_allowed(
 
 
 def test_auto_chooses_by_rows_that_neither_decide_nor_report() -> None:
-    searching = manager._Search(study_of(), calibration(BERT), settings(), None)
-    parts = [part.inputs["input_ids"] for part in (searching.calibration, searching.judges, searching.held_back)]
+    premises = prepare(study_of(), calibration(BERT), settings(), None)
+    parts = [part.inputs["input_ids"] for part in (premises.calibration, premises.judges, premises.held_back)]
     assert [len(part) for part in parts] == [24, 4, 4]
     assert len(np.unique(np.concatenate(parts), axis=0)) == 32
-    with_target = manager._Search(study_of(), calibration(BERT), settings(target_macs="50%"), None)
+    with_target = prepare(study_of(), calibration(BERT), settings(target_macs="50%"), None)
     assert len(with_target.held_back) == 8
 
 
@@ -394,7 +398,8 @@ def test_of_several_tries_the_nearest_is_taken_and_rather_too_fast_than_too_slow
 
 def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the ratio of both in one run counts, so a machine that has become slower since the table was made does no harm."""
-    searching = manager._Search(study_of(), calibration(BERT), settings(target_latency="60%"), None)
+    premises = prepare(study_of(), calibration(BERT), settings(target_latency="60%"), None)
+    shipping = Shipping(premises.study.anatomy, (), premises.calibration, premises.settings.runtime)
 
     def timing(calls: Any, **options: Any) -> Any:
         assert set(calls) == {"given", "pruned"}
@@ -403,7 +408,7 @@ def test_a_student_is_timed_against_the_file_as_given(monkeypatch: pytest.Monkey
         return Timings({"given": np.array([2.0, 4, 6]), "pruned": np.array([1.0, 2, 3])}, "thread", None)
 
     monkeypatch.setattr(meter, "time_sessions", timing)
-    assert searching.meter.measure(searching.dense, 7.0, searching.shipping) == 3.5
+    assert premises.meter.measure(premises.dense, 7.0, shipping) == 3.5
 
 
 def test_arrays_of_the_cases_have_mixed_lengths() -> None:
@@ -416,13 +421,13 @@ def test_arrays_of_the_cases_have_mixed_lengths() -> None:
 @pytest.mark.parametrize("importance", ["magnitude", "taylor"])
 def test_protected_classes_agree_as_often_as_without_or_more(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[tuple[str, float]] = []
-    note = manager._Search._note
+    note = Trail.note
 
     def noting(self: Any, step: str, *args: Any, **losses: float) -> None:
         judged.extend((step, value) for name, value in losses.items() if name == "agreement of the worst class")
         note(self, step, *args, **losses)
 
-    monkeypatch.setattr(manager._Search, "_note", noting)
+    monkeypatch.setattr(Trail, "note", noting)
     options: dict[str, Any] = {"target_macs": "45%", "importance": importance, "compensation": "none", "rounds": 1, "finishing": False}
     rows = calibration(VIT, 96)
     plain = search(load(zoo.path(VIT)), rows, settings(**options))
@@ -442,10 +447,10 @@ def test_the_guard_takes_the_better_worst_class_and_changes_nothing_on_a_tie(
     worst: tuple[float, float], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"target_macs": "45%", "importance": "magnitude", "compensation": "none", "rounds": 1, "finishing": False}
-    searching = manager._Search(study_of(VIT), calibration(VIT), settings(**options, protect_classes=True), None)
     values = iter(worst)
-    monkeypatch.setattr(searching, "judge", lambda *args: SimpleNamespace(worst_class=WorstClass(0, next(values), 9)))
-    decision = next(searching.run([searching.settings.target]))
+    with monkeypatch.context() as judged:
+        judged.setattr(Premises, "judge", lambda *args: SimpleNamespace(worst_class=WorstClass(0, next(values), 9)))
+        decision = search(load(zoo.path(VIT)), calibration(VIT), settings(**options, protect_classes=True))
     alone = search(load(zoo.path(VIT)), calibration(VIT), settings(**{**options, "importance": chosen}))
     assert decision.plan.kept == alone.plan.kept
 

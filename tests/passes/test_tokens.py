@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 import onnxprune
 from onnxprune.calibration.data import CalibrationData
-from onnxprune.errors import InputError, NothingPrunable, TargetError
+from onnxprune.errors import InputError, NothingPrunable, Refusal, TargetError
 from onnxprune.graph.model import load
 from onnxprune.graph.token_plan import TokenPlan
-from onnxprune.passes import manager, token_budget, tokens
+from onnxprune.passes import token_budget, tokens
+from onnxprune.passes.aim import Aim, Outcome, Trail
+from onnxprune.passes.premises import Premises
 from onnxprune.passes.tokens import Schedule, pareto, profiles
+from onnxprune.search.target import Target
 from tests.architectures import exports
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "vision"
@@ -49,29 +52,33 @@ class Rivals:
     """A search whose results are known: by schedule (None: all tokens) the cost that widths reach and what is lost then."""
 
     def __init__(self, known: dict[Schedule | None, tuple[float, float] | None], most: int) -> None:
-        self.known, self.tried = known, list[Schedule | None]()
-        self.search = object.__new__(manager._Search)
-        plans = {schedule.plan: schedule for schedule in known if schedule}
-        whole = SimpleNamespace(schedules=list(plans.values()), now=None, ship=lambda student: student.lost)
-        whole.with_tokens = lambda plan: SimpleNamespace(**{**vars(whole), "now": plans[plan]})
-        self.search.shipping, self.search.trail, self.search.refusals = whole, [], ()  # type: ignore[assignment]
-        self.search._rival = ""
-        self.search.study = SimpleNamespace(sites=True)  # type: ignore[assignment]
-        self.search.meter = SimpleNamespace(tables=lambda shipping: (SimpleNamespace(scaled=lambda factor: None), 1.0))  # type: ignore[assignment]
-        self.search.yardstick = lambda lost: lost  # type: ignore[assignment, misc]
-        self.search._promising_schedules = lambda *rest: (list(known), most)  # type: ignore[method-assign]
-        self.search._search = self.one  # type: ignore[method-assign, assignment]
+        self.known, self.most, self.tried = known, most, list[Schedule | None]()
+        self.trail = Trail()
+        self.refusals: tuple[Refusal, ...] = ()
 
-    def one(self, *rest: Any) -> Any:
-        now = self.search.shipping.now  # type: ignore[attr-defined]
-        self.tried.append(now)
-        if (found := self.known[now]) is None:
+    def search(self, premises: Premises, aim: Aim) -> Any:
+        now: Any = aim.shipping
+        self.tried.append(now.taken)
+        if (found := self.known[now.taken]) is None:
             raise TargetError("out of reach")
-        return SimpleNamespace(measured=found[0], predicted=1.0, student=SimpleNamespace(lost=found[1], counts={}))
+        reached = SimpleNamespace(measured=found[0], predicted=1.0, student=SimpleNamespace(lost=found[1], counts={}))
+        return Outcome(reached, now)  # type: ignore[arg-type]
 
-    def chosen(self) -> Schedule | None:
-        self.search._beside_tokens(SimpleNamespace(), 1.0, 1.0, SimpleNamespace())  # type: ignore[arg-type]
-        return self.search.shipping.now  # type: ignore[attr-defined, no-any-return]
+    def chosen(self, monkeypatch: pytest.MonkeyPatch) -> Schedule | None:
+        plans = {schedule.plan: schedule for schedule in self.known if schedule}
+        whole = SimpleNamespace(schedules=list(plans.values()), taken=None, ship=lambda student: student.lost)
+        whole.with_tokens = lambda plan: SimpleNamespace(**{**vars(whole), "taken": plans[plan]})
+        tables = SimpleNamespace(scaled=lambda factor: None)
+        premises: Any = SimpleNamespace(
+            study=SimpleNamespace(refused=lambda refusal, others: refusal),
+            meter=SimpleNamespace(tables=lambda shipping: (tables, 1.0)),
+            yardstick=lambda lost: lost,
+        )
+        monkeypatch.setattr(token_budget, "_promising", lambda *rest: (list(self.known), self.most))
+        aim: Any = Aim(Target("latency", 1.0), 1.0, 1.0, tables, SimpleNamespace(), whole, self.trail)  # type: ignore[arg-type]
+        outcome: Any = token_budget.search_beside_tokens(premises, aim, self.search)
+        self.refusals = outcome.refusals
+        return outcome.shipping.taken  # type: ignore[no-any-return]
 
 
 LIGHT, MEDIUM, HEAVY = (
@@ -79,12 +86,12 @@ LIGHT, MEDIUM, HEAVY = (
 )
 
 
-def test_of_all_tokens_and_the_schedules_that_promise_most_what_loses_least_is_taken() -> None:
+def test_of_all_tokens_and_the_schedules_that_promise_most_what_loses_least_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     rivals = Rivals({None: (1.0, 0.3), MEDIUM: (1.0, 0.2), LIGHT: (1.0, 0.4), HEAVY: (1.0, 0.1)}, most=3)
-    assert rivals.chosen() is MEDIUM
+    assert rivals.chosen(monkeypatch) is MEDIUM
     assert rivals.tried == [None, MEDIUM, LIGHT]
-    assert not rivals.search.refusals
-    steps = [(entry["step"], entry["divergence"]) for entry in rivals.search.trail]
+    assert not rivals.refusals
+    steps = [(entry["step"], entry["divergence"]) for entry in rivals.trail.steps]
     assert steps == [
         ("all tokens: result", 0.3),
         ("schedule 1: result", 0.2),
@@ -93,29 +100,29 @@ def test_of_all_tokens_and_the_schedules_that_promise_most_what_loses_least_is_t
     ]
 
 
-def test_all_tokens_stay_if_that_loses_least_and_the_run_says_so() -> None:
+def test_all_tokens_stay_if_that_loses_least_and_the_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     rivals = Rivals({None: (1.0, 0.1), MEDIUM: (1.0, 0.2)}, most=3)
-    assert rivals.chosen() is None
-    assert [refusal.code for refusal in rivals.search.refusals] == ["OP707"]
+    assert rivals.chosen(monkeypatch) is None
+    assert [refusal.code for refusal in rivals.refusals] == ["OP707"]
 
 
-def test_what_loses_least_but_misses_the_goal_is_not_taken() -> None:
-    assert Rivals({None: (1.0, 0.3), MEDIUM: (1.05, 0.2)}, most=3).chosen() is None
+def test_what_loses_least_but_misses_the_goal_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Rivals({None: (1.0, 0.3), MEDIUM: (1.05, 0.2)}, most=3).chosen(monkeypatch) is None
 
 
 @pytest.mark.parametrize("most", [1, 2])
-def test_what_misses_the_goal_takes_nobodys_place(most: int) -> None:
+def test_what_misses_the_goal_takes_nobodys_place(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rivals = Rivals({LIGHT: (1.2, 0.3), MEDIUM: (1.1, 0.2), HEAVY: (1.0, 0.4)}, most=most)
-    assert rivals.chosen() is HEAVY
+    assert rivals.chosen(monkeypatch) is HEAVY
     assert rivals.tried == [LIGHT, MEDIUM, HEAVY]
 
 
-def test_a_schedule_that_cannot_reach_the_goal_gives_way_to_the_next_one() -> None:
+def test_a_schedule_that_cannot_reach_the_goal_gives_way_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rivals = Rivals({LIGHT: None, MEDIUM: (1.0, 0.2), HEAVY: (1.0, 0.1)}, most=1)
-    assert rivals.chosen() is MEDIUM
+    assert rivals.chosen(monkeypatch) is MEDIUM
     assert rivals.tried == [LIGHT, MEDIUM]
     with pytest.raises(TargetError, match="out of reach"):
-        Rivals({None: None, LIGHT: None}, most=1).chosen()
+        Rivals({None: None, LIGHT: None}, most=1).chosen(monkeypatch)
 
 
 def by_tokens(whole: Any, models: dict[str, Any], *rest: Any) -> dict[str, float]:
