@@ -44,11 +44,13 @@ def reach(
     measure: Callable[[Student], float],
     note: Callable[[str, Student, float, float], None],
 ) -> Reached | None:
-    """Rounds from ``start`` to the goal; for milliseconds, measure, re-anchor and cut again while it misses. None if nothing gets there.
+    """Rounds from ``start`` to the goal; measure, re-anchor and cut again while it misses. None if nothing gets there.
+
+    Multiply-adds and parameters are what the table says; milliseconds and the bytes of a file are measured.
 
     Args:
         first, shape, error: as for :func:`~onnxprune.passes.rounds.descend`.
-        measure: milliseconds of a student.
+        measure: milliseconds or bytes of a student.
         note: is told the step, the student and its predicted and measured cost.
     """
     rounds = bench.recipe.rounds
@@ -56,24 +58,25 @@ def reach(
     if found is None:
         return None
     student = found.student
-    if table.unit != "ms":
+    if table.unit in ("macs", "params"):
         cost = table.predict(student.counts)
         return Reached(student, table, cost, cost)
-    best: tuple[float, Student, float, float] | None = None
+    allowed = goal * (1 + MISS) if table.unit == "ms" else goal
+    best: tuple[float, Reached] | None = None
     for attempt in range(REPEATS + 1):
         predicted = table.predict(student.counts)
         measured = measure(student)
         note(f"anchor {attempt}", student, predicted, measured)
         miss = abs(measured / goal - 1)
-        # Faster than asked for is no failure: a model over the goal ranks behind every one that is not.
-        rank = miss if measured <= goal * (1 + MISS) else miss + 1
+        # Less than asked for is no failure: a model over the goal ranks behind every one that is not.
+        rank = miss if measured <= allowed else miss + 1
         if best is None or rank < best[0]:
-            best = (rank, student, predicted, measured)
-        if miss <= _ANCHORED or attempt == REPEATS:
+            best = (rank, Reached(student, table, predicted, measured))
+        if (miss <= _ANCHORED and measured <= allowed) or attempt == REPEATS:
             break
         table = table.scaled(measured / predicted)
-        if rounds_to(table, goal, rounds, table.predict(start.counts)) > found.rounds > 0:
-            # So far off that one cut would be too deep: down again, in as many rounds as it takes.
+        if not found.rounds or rounds_to(table, goal, rounds, table.predict(start.counts)) > found.rounds:
+            # Nothing was cut yet, or one cut would be too deep: down again, in as many rounds as it takes.
             found = descend(bench, table, goal, rounds, start=start, first=first, error=error, shape=shape) or found
             again: Student | None = found.student
         else:
@@ -82,8 +85,7 @@ def reach(
             break
         student = again
     assert best is not None
-    _, student, predicted, measured = best
-    return Reached(student, table, predicted, measured)
+    return best[1]
 
 
 def _again(bench: Workbench, found: Descent, table: CostTable, goal: float) -> Student | None:

@@ -16,10 +16,9 @@ from onnxprune.search.knapsack import Options, solve
 from onnxprune.search.sweep import sweep
 
 _BISECTIONS = 8
-
-
 _TUNINGS = 4
-
+_ROUNDING = 1e-12
+"""Relative error that a sum of costs may have."""
 
 _CHANNELS_AT_ONCE = 8
 """Convolution kernels of runtimes work on blocks of this many channels."""
@@ -55,7 +54,12 @@ def choose(
 
 def _tuned_knapsack(bench: Workbench, scores: Scores, table: CostTable, budget: float, spare: bool) -> dict[str, np.ndarray] | None:
     """The knapsack; where sites share weights, again with costs tuned to the choice before, as long as less is lost."""
+    budget *= 1 + _ROUNDING
     best = _by_knapsack(bench, scores, table, budget - table.fixed, spare)
+    if best is None and table.pairs:
+        # Curves bound the truth from above: near the least that can stay, only those that are true there fit.
+        table = table.tuned({name: int(np.argmin(curve)) for name, curve in table.curves.items()})
+        best = _by_knapsack(bench, scores, table, budget - table.fixed, spare)
     for _ in range(_TUNINGS if table.pairs and best is not None else 0):
         assert best is not None
         tuned = table.tuned({name: len(keep) for name, keep in best.items()})

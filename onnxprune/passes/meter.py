@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.macs import count_macs
 from onnxprune.graph.profile import shapes_of
-from onnxprune.passes.base import exact
 from onnxprune.passes.int8 import timed
 from onnxprune.passes.precision import Tables
 from onnxprune.passes.scope import Settings, Study
@@ -42,9 +41,10 @@ class Meter:
             if self.unit == "macs":
                 return Tables(table, table), self._given_macs()
             given = counted(study_.whole, self.unit)
-            if self.unit == "bytes" and exact(shipping.steps) != shipping.steps:
-                return Tables(table, shipped_bytes(table, sites, shipping.probe)), given
-            return Tables(table, table), given
+            if self.unit == "params":
+                return Tables(table, table), given
+            floats = shipped_bytes(table, sites, shipping.in_float().probe)
+            return Tables(floats, floats if shipping.scheme is None else shipped_bytes(table, sites, shipping.probe)), given
         table, given = self._timed(shipping.in_float(), "cost table")
         if shipping.scheme is None:
             return Tables(table, table), given
@@ -53,8 +53,10 @@ class Meter:
         return Tables(table, integers.scaled(given / again)), given
 
     def measure(self, student: Student, given: float, shipping: Shipping) -> float:
-        """Milliseconds of a student as it would be shipped, as its paired share of the file as given, which takes ``given``."""
+        """Bytes of a student as it would be shipped, or milliseconds: its paired share of the file as given, which takes ``given``."""
         models = {"given": self.study.given, "pruned": shipping.ship(student)}
+        if self.unit == "bytes":
+            return counted(models["pruned"], "bytes")
         runtime = self.settings.runtime
         calls = {name: timed(model, self.request, runtime) for name, model in models.items()}
         seed = self.settings.recipe.seed

@@ -35,6 +35,9 @@ GRANULARITY: Mapping[str, int] = {"cpu": 16, "cuda": 8, "tensorrt": 8}
 
 _STAMP_BYTES = 4096
 
+_NOTHING = 1e-12
+"""What is put for a share of zero, beside which the other site of a pair costs nothing."""
+
 _SITE_BYTES = 512
 """Room for nodes that set sizes anew where a site is cut."""
 
@@ -81,7 +84,7 @@ class CostTable:
         pairs = []
         for pair in self.pairs:
             first, second = self._share(pair.first, counts), self._share(pair.second, counts)
-            new = replace(pair, ratio=second / first if first and second else pair.ratio)
+            new = replace(pair, ratio=max(second, _NOTHING) / max(first, _NOTHING))
             for site, before, after in zip((pair.first, pair.second), pair.halves(), new.halves(), strict=True):
                 share = np.arange(len(curves[site])) / (len(curves[site]) - 1)
                 curves[site] += (after - before) * np.maximum(share, self._share(site, {site: 0})) ** 2

@@ -28,16 +28,16 @@ def solve(sites: Sequence[Options], budget: float, bins: int = BINS) -> list[int
     if not sites:
         return []
     cheapest = sum(float(site.cost.min()) for site in sites)
-    if cheapest > budget:
+    tolerance = 1e-9 * max(abs(budget), 1e-300)
+    if cheapest > budget + tolerance:
         return None
-    slack = budget - cheapest
+    slack = max(budget - cheapest, 0.0)
     ceiling = sum(float(site.cost.max() - site.cost.min()) for site in sites)
     if slack >= ceiling:
         return [int(np.argmin(np.where(site.error <= site.error.min(), site.cost, np.inf))) for site in sites]
     excess = [
         (site.cost - site.cost.min()) / slack * bins if slack > 0 else np.where(site.cost > site.cost.min(), np.inf, 0) for site in sites
     ]
-    tolerance = 1e-9 * max(abs(budget), 1e-300)
     picked = _choose(sites, [np.floor(np.minimum(cost, bins + 1) + 1e-9).astype(np.int64) for cost in excess], bins)
     if sum(float(site.cost[option]) for site, option in zip(sites, picked, strict=True)) <= budget + tolerance:
         return picked

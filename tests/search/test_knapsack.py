@@ -91,6 +91,15 @@ def test_free_options_are_taken_everywhere() -> None:
     assert sorted(solve(sites, 5.0) or []) == [1, 1, 2]
 
 
+def test_a_sum_that_is_rounded_otherwise_is_no_more_than_the_budget() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        sites = [Options(np.sort(rng.random(4)) + 0.1, -np.sort(-rng.random(4))) for _ in range(7)]
+        fixed = rng.uniform(10, 100)
+        floor = fixed + sum(float(site.cost.min()) for site in sites)
+        assert solve(sites, floor - fixed) is not None
+
+
 def test_a_budget_of_exactly_the_cheapest_choice() -> None:
     sites = [Options(np.array([1.0, 2.0]), np.array([5.0, 0.0])), Options(np.array([0.1, 3.0]), np.array([5.0, 0.0]))]
     assert solve(sites, 1.1) == [0, 0]
