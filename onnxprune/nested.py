@@ -92,6 +92,8 @@ def family(
         for (_, target), file in zip(asked, files, strict=True):
             began = time.time()
             decision = next(decisions)
+            # That of a run before would speak of files that are about to be replaced.
+            (folder / MANIFEST).unlink(missing_ok=True)
             members.append(_member(decision, replace(chosen, target=target), file, external_data, began, command))
     except OnnxPruneError:
         if members:

@@ -183,11 +183,15 @@ class SampleMoment:
     """Second moments of rows x [1, width] that belong to samples: of all, of what the rows of a sample have in common, and of their sums.
 
     With m the mean of the n rows of a sample, the sum of x'x is that of n m'm over samples and that of (x - m)'(x - m) over rows.
+
+    Args:
+        summed: whether :attr:`summed` will be asked for.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, summed: bool = True) -> None:
         self.all = SecondMoment(width)
-        self._means, self._sums = (SecondMoment(width, waiting=width) for _ in range(2))
+        self._means = SecondMoment(width, waiting=width)
+        self._sums = SecondMoment(width, waiting=width) if summed else None
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, rows: np.ndarray, real: np.ndarray, samples: int) -> None:
@@ -204,7 +208,8 @@ class SampleMoment:
 
     def _fold(self) -> None:
         for sums, counts in self._waiting:
-            self._sums.add(sums)
+            if self._sums is not None:
+                self._sums.add(sums)
             self._means.add((sums / np.sqrt(counts)[:, None]).astype(np.float32))
         self._waiting.clear()
 
@@ -224,6 +229,7 @@ class SampleMoment:
     @property
     def summed(self) -> np.ndarray:
         """Sum of n^2 m'm over samples, [width, width]."""
+        assert self._sums is not None
         self._fold()
         moment = self._sums.mean
         moment *= self._sums.rows

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trail:
-    """Steps of a search, in order, for the report; ``whose`` of several searches they are stands in front of their names."""
+    """The log of a search, for the report: one list that all its parts write to. ``whose`` a step is stands in front of its name."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     whose: str = ""

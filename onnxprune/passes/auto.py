@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from onnxprune.errors import Refusal, TargetError
 from onnxprune.passes.aim import Aim, Outcome
 from onnxprune.passes.anchor import Reached
@@ -31,12 +33,12 @@ def search_within_limit(premises: Premises, aim: Aim) -> Outcome:
         NothingPrunable: int8 loses too much, and there is nothing else to do.
     """
     limit, dense = premises.limit, premises.dense
-    passed = [] if premises.bench.sites else [dense]
+    passed = [] if premises.bench.sites else [dense.kept]
     refusals: tuple[Refusal, ...] = ()
     if aim.shipping.scheme is not None:
         shipping = _integers_within(premises, aim)
         if shipping is not None:
-            passed = [dense]
+            passed = [dense.kept]
         else:
             reason = f"int8 loses more than {100 * limit:g}% even with half of the products in float"
             refusals = (premises.study.refused(Refusal("OP402", "int8", reason), others=bool(aim.shipping.schedules)),)
@@ -45,15 +47,16 @@ def search_within_limit(premises: Premises, aim: Aim) -> Outcome:
     # Which products stay in float is settled now, and with it what everything costs.
     shipping, tables = aim.shipping, aim.tables
     table = tables.blend(shipping.groups, shipping.floats) if shipping.scheme else tables.floats
-    passed += _walk_down(premises.bench, dense, table, lambda *found: _acceptable(premises, aim, *found))
-    while passed and not premises.judge(shipping, passed[-1], premises.held_back).loss[1] <= limit:
+    steps, chosen = _walk_down(premises.bench, dense, table, lambda *found: _acceptable(premises, aim, *found))
+    passed += steps
+    while passed and not premises.judge(shipping, chosen, premises.held_back).loss[1] <= limit:
         passed.pop()
+        chosen = cut(premises.bench, passed[-1]) if passed else dense
     if not passed:
         raise TargetError(
             f"no pruned model stays within --max-drop {100 * limit:g}% on {len(premises.judges) + len(premises.held_back)} held-back rows; "
             "allow a larger drop or give more calibration rows"
         )
-    chosen = passed[-1]
     measured = premises.meter.measure(chosen, aim.given, shipping)
     return Outcome(Reached(chosen, table, table.predict(chosen.counts), measured), shipping, refusals)
 
@@ -79,8 +82,10 @@ def _acceptable(premises: Premises, aim: Aim, student: Student, step: str, predi
     return max(loss, expected) <= premises.limit
 
 
-def _walk_down(bench: Workbench, dense: Student, table: CostTable, acceptable: Callable[[Student, str, float], bool]) -> list[Student]:
-    """Students that are good enough, each smaller than the one before; at the end half a step more.
+def _walk_down(
+    bench: Workbench, dense: Student, table: CostTable, acceptable: Callable[[Student, str, float], bool]
+) -> tuple[list[dict[str, np.ndarray]], Student]:
+    """Units of ever smaller students that are good enough, the last one half a step smaller; and that one, ``dense`` if there is none.
 
     Args:
         acceptable: judges a student, given the name of the step and the predicted cost.
@@ -95,20 +100,21 @@ def _walk_down(bench: Workbench, dense: Student, table: CostTable, acceptable: C
         return candidate if acceptable(candidate, f"auto {100 * share:.0f}%", table.predict(candidate.counts)) else None
 
     student, share, number = dense, 1.0, 0
-    passed: list[Student] = []
+    passed: list[dict[str, np.ndarray]] = []
     while bench.sites and share * _STEP >= _FLOOR:
         number += 1
         scores = score(bench, student, number)
         while share * _STEP >= _FLOOR and _unchanged(bench, student, scores, table, table.fixed + prunable * share * _STEP):
             share *= _STEP  # the step is finer than the widths on offer
-        found = tried(student, scores, share * _STEP)
-        if found is None:
-            half = tried(student, scores, share * _STEP**0.5)
-            return passed + ([half] if half else [])
-        passed.append(found)
-        student = found
+        whole = tried(student, scores, share * _STEP)
+        found = whole or tried(student, scores, share * _STEP**0.5)
+        if found is not None:
+            passed.append(found.kept)
+            student = found
+        if whole is None:
+            break
         share *= _STEP
-    return passed
+    return passed, student
 
 
 def _unchanged(bench: Workbench, student: Student, scores: Scores, table: CostTable, budget: float) -> bool:

@@ -93,7 +93,10 @@ def _reader(anatomy: Anatomy, site: Site, view: GraphView, kept: Kept) -> Reader
         return "two activations meet over this axis"
     if len(site.consumers) != 1:
         return "several matrices read this axis"
-    return student_reader(anatomy, site, site.consumers[0], view, {node.name: node for node in view.nodes}, kept)
+    reader = student_reader(anatomy, site, site.consumers[0], view, {node.name: node for node in view.nodes}, kept)
+    if isinstance(reader, Reader) and len(set(np.unique(reader.units(), return_counts=True)[1])) > 1:
+        return "its units are not of one size"
+    return reader
 
 
 def _moments(
@@ -130,7 +133,7 @@ def _moments(
                 found["felt"] = reader.gradients(values[ADJOINT + reader.target])
             for what, rows in found.items():
                 moments = inputs if what == "read" else gradients
-                known = moments.setdefault(name, SampleMoment(rows.shape[1]))
+                known = moments.setdefault(name, SampleMoment(rows.shape[1], summed=what == "felt"))
                 # Rows in another order are taken for samples of their own.
                 known.add(rows, batch.real_rows(len(rows)), len(batch) if together[name] else len(rows))
         if progress:

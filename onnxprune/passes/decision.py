@@ -26,7 +26,7 @@ from onnxprune.search.target import Target
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """A plan and everything it was decided from. ``met`` is None when the target was met by the finished file without pruning."""
+    """A plan and everything it was decided from. ``already_met``: the finished file meets the target without pruning."""
 
     study: Study
     objective: Objective

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import NoReturn
 
-from onnxprune.errors import InputError, TargetError
+from onnxprune.errors import TargetError
 from onnxprune.passes.aim import Aim, Outcome
 from onnxprune.passes.anchor import MISS, REPEATS, Reached, reach
 from onnxprune.passes.choice import offers_of, without_nothing
@@ -65,8 +65,7 @@ def _kinder_to_classes(premises: Premises, aim: Aim, table: CostTable, goal: flo
     worst = []
     for name, candidate in ((recipe.importance, found), ("classwise", other)):
         known = premises.judge(aim.shipping, candidate.student, premises.judges).worst_class
-        if known is None:
-            raise InputError(f"--protect-classes: of {len(premises.judges)} rows that judge no class has five; give more calibration rows")
+        assert known is not None
         worst.append(known.agreement)
         told = {"agreement of the worst class": known.agreement}
         aim.trail.note(f"worst class by {name}", candidate.student, candidate.predicted, None, **told)

@@ -73,9 +73,12 @@ class Premises:
 
         Raises:
             NoGradient: another criterion.
+            InputError: classes were to be protected, which takes gradients.
         """
         if self.bench.recipe.importance != "kfac":
             raise missing
+        if self.settings.protect_classes:
+            raise InputError(f"{missing.found}; --protect-classes needs gradients: leave it out")
         leaves = [site.consumers[0].leaf for site in self.bench.sites]
         plain = all((value := self.study.anatomy.view.value(leaf.tensor)) is not None and value.ndim == 2 for leaf in leaves)
         substitute = "obs" if plain else "energy"
@@ -104,14 +107,18 @@ def prepare(study_: Study, data: CalibrationData, settings: Settings, progress: 
     align = GRANULARITY.get(settings.runtime.short_provider, settings.recipe.align)
     recipe = replace(settings.recipe, align=align)
     bench = set_up(study_.anatomy, study_.sites, objective, calibration, request, settings.loss, settings.runtime, recipe, progress)
+    judges = others.take(slice(0, middle))
     if settings.protect_classes:
         bench.targets.classes()
+        itself = compare(study_.given, study_.given, judges, objective, settings.runtime, settings.recipe.seed)
+        if itself.worst_class is None:
+            raise InputError(f"--protect-classes: of {len(judges)} rows that judge no class has five; give more calibration rows")
     return Premises(
         study=study_,
         settings=settings,
         objective=objective,
         calibration=calibration,
-        judges=others.take(slice(0, middle)),
+        judges=judges,
         held_back=others.take(slice(middle, None)),
         request=request,
         example={name: tuple(array.shape) for name, array in examples(data).items()},

@@ -91,7 +91,7 @@ def refit(
         batches: calibration batches; rows and tokens that are not valid are left out of the sums.
         kept: units that ``student`` keeps; channels are re-fitted only if it names some.
         method: ``refit`` solves for the weights and the bias, ``scale`` for one factor per unit.
-        row_weight: weights [rows * tokens] of a batch for its flattened rows; None weighs all alike.
+        row_weight: weights [rows * tokens] of the flattened rows of a batch; None weighs all alike.
         progress: called with (sublayers done, sublayers in all).
 
     Returns:
@@ -254,7 +254,7 @@ def _accumulate(
         judge = np.repeat((seen + np.arange(len(batch))) % _CHECK_EVERY == 0, per_row)
         seen += len(batch)
         real = batch.real_rows(len(x))
-        weight = row_weight(batch) if row_weight else None
+        weight = row_weight(batch, read.shape) if row_weight else None
         if weight is not None and weight.size != len(x):
             weight = None  # of this sublayer only the rows that the output reads are computed, or some places of an image
         for sums, chosen in ((fitted, real & ~judge), (held, real & judge)):

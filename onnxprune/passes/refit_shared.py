@@ -26,7 +26,8 @@ from onnxprune.graph.view import GraphView
 from onnxprune.passes.readers import Constants, Reader
 from onnxprune.runtime.session import RuntimeOptions
 
-RowWeight = Callable[[Batch], np.ndarray | None]
+RowWeight = Callable[[Batch, tuple[int, ...]], np.ndarray | None]
+"""Of a batch, and the shape of what a matrix reads there: weights of its flattened rows."""
 
 
 def shared_matrix(site: Site) -> bool:
@@ -68,7 +69,7 @@ def fit_shared(
         for batch, (read,) in zip(batches, teacher.advance([consumer.tensor], [consumer.tensor]), strict=True):
             rows = reader.rows(read)
             real = batch.real_rows(len(rows))
-            weights = row_weight(batch) if row_weight else None
+            weights = row_weight(batch, read.shape) if row_weight else None
             weights = None if weights is None or weights.size != len(rows) else weights[real]
             equations = sums.setdefault(site.name, NormalEquations(int(stays.sum()), gone.shape[1]))
             equations.add(rows[real][:, stays], rows[real][:, ~stays] @ gone, weights)

@@ -23,6 +23,7 @@ from onnxprune.passes.choice import Taste
 from onnxprune.passes.curvature import curvature_scores, obstacle
 from onnxprune.passes.leave_one_out import growth_without
 from onnxprune.passes.refit import Changes, SiteFit, refit
+from onnxprune.passes.refit_shared import RowWeight
 from onnxprune.passes.scoring import fisher_sums, gathered, local_scores, mask_gradients, still_read
 from onnxprune.passes.workbench import Scores, Student, Workbench, dense_student
 from onnxprune.search.costs import CostTable
@@ -119,13 +120,15 @@ def cut(bench: Workbench, kept: Kept) -> Student:
     return Student({name: np.asarray(units) for name, units in kept.items()}, model, changes, fits)
 
 
-def _class_row(bench: Workbench) -> Callable[[Batch], np.ndarray | None]:
+def _class_row(bench: Workbench) -> RowWeight:
     # Of the last site only the rows that the output reads may be computed; the first one has them all.
     shape = bench.anatomy.profile.shape(bench.sites[0].consumers[0].tensor)
 
-    def weigh(batch: Batch) -> np.ndarray | None:
+    def weigh(batch: Batch, read: tuple[int, ...]) -> np.ndarray | None:
         if batch.token_mask is not None:
             real = batch.token_mask
+        elif len(read) == 3:
+            real = np.ones(read[:2], bool)
         elif shape is not None and len(shape) == 3:
             real = np.ones((len(batch), shape[1]), bool)
         else:

@@ -27,6 +27,7 @@ from onnxprune.verification import Yardstick
 
 _JUDGED = 128
 _SENSITIVITY_ROWS = 64
+_FORMS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +75,13 @@ class Shipping:
         return found if found.cuts else None
 
     def form(self, student: Student) -> Int8Form | None:
-        """How int8 is done in this student; computed once."""
+        """How int8 is done in this student; kept for the last few that were asked for."""
         if self.scheme is None:
             return None
         known = self._forms.get(id(student))
         if known is None:
+            while len(self._forms) >= _FORMS:
+                self._forms.pop(next(iter(self._forms)))
             known = self._forms[id(student)] = student, self._tailored(self.sliced(student), self.scheme)
         return known[1]
 

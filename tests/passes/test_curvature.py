@@ -10,6 +10,7 @@ import onnx.numpy_helper
 import onnx.parser
 import pytest
 
+import onnxprune
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.objective import Targets, choose_objective
 from onnxprune.calibration.statistics import SampleMoment
@@ -17,7 +18,7 @@ from onnxprune.graph.anatomy import study
 from onnxprune.graph.autodiff import ADJOINT, adjoint_model
 from onnxprune.graph.canonical import canonicalise
 from onnxprune.graph.instrument import with_outputs
-from onnxprune.graph.model import load
+from onnxprune.graph.model import Model, load
 from onnxprune.graph.view import GraphView
 from onnxprune.importance.registry import CRITERIA
 from onnxprune.passes import curvature, rounds
@@ -28,6 +29,7 @@ from onnxprune.passes.rounds import cut, score
 from onnxprune.passes.scoring import mask_gradients
 from onnxprune.passes.workbench import Recipe, Workbench, dense_student
 from onnxprune.runtime.session import RuntimeOptions, open_session, run
+from tests.graph.net import FFN, WIDTH, Net
 from tests.passes.cases import BERT, GPT2, LLAMA, VIT, workbench
 
 
@@ -212,6 +214,19 @@ def test_large_models_and_sites_without_a_plain_reader_are_obstacles() -> None:
     paged = replace(bench.anatomy, model=replace(bench.anatomy.model, paged=True))
     assert "too large" in str(obstacle(paged, site))
     assert obstacle(bench.anatomy, replace(site, consumers=site.consumers * 2)) == "several matrices read this axis"
+
+
+def test_units_of_unequal_size_are_scored_by_their_masks() -> None:
+    """A projection that reads heads and neurons side by side: a head is four columns, a neuron is one."""
+    net, x = Net(), "x"
+    for _ in range(2):
+        q, k, v = (net.heads(net.linear(x)) for _ in range(3))
+        hidden = net("Tanh", net.linear(x, WIDTH, FFN))
+        x = net.add(x, net.linear(net("Concat", net.attend(q, k, v), hidden, axis=-1), WIDTH + FFN, WIDTH))
+    model = Model.from_proto(net.done(x))
+    data = {"x": np.random.default_rng(0).standard_normal((32, 6, WIDTH)).astype(np.float32)}
+    result = onnxprune.prune(model, calib=data, target_macs="60%", dry_run=True)
+    assert sum(result.plan.removed.values()) > 0
 
 
 def test_what_curvature_cannot_score_is_scored_by_fisher_in_the_same_unit(monkeypatch: pytest.MonkeyPatch) -> None:

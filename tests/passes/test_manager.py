@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,24 +13,26 @@ import pytest
 from onnxprune.calibration.data import CalibrationData
 from onnxprune.calibration.source import load_calibration
 from onnxprune.errors import InputError, NothingPrunable, TargetError
+from onnxprune.graph.autodiff import NoGradient
 from onnxprune.graph.model import Model, load
 from onnxprune.options import settings
 from onnxprune.passes import anchor, meter
 from onnxprune.passes.aim import Trail
 from onnxprune.passes.apply import execute
+from onnxprune.passes.choice import choose
 from onnxprune.passes.decision import Decision, summary
 from onnxprune.passes.manager import decide
 from onnxprune.passes.premises import Premises, prepare
 from onnxprune.passes.rows import split
 from onnxprune.passes.scope import Settings, Study, understand
 from onnxprune.passes.shipping import Shipping
-from onnxprune.passes.workbench import Student
+from onnxprune.passes.workbench import Scores, Student, dense_student
 from onnxprune.runtime.measure import Timings
 from onnxprune.verification import WorstClass, compare
 from tests import zoo
 from tests.calibration.models import image_model
 from tests.graph.net import FFN, WIDTH, Net
-from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, brief_benchmarks, calibration, clockwork, easy_model, linear_table
+from tests.passes.cases import BERT, GPT2, LLAMA, VIT, arrays, brief_benchmarks, calibration, clockwork, easy_model, linear_table, workbench
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +182,7 @@ def test_counted_targets_are_kept(name: str, target: dict[str, str]) -> None:
     assert decision.goal is not None
     assert 0.95 * decision.goal < decision.predicted <= decision.goal * (1 + 1e-9)
     assert not decision.already_met
-    assert decision.measured == decision.predicted
+    assert decision.measured == pytest.approx(decision.predicted, rel=0.005)
     assert set(decision.plan.predicted) == {decision.table.unit}
 
 
@@ -364,6 +367,51 @@ def test_a_table_that_was_far_off_leads_to_a_new_descent_of_more_rounds(monkeypa
     assert decision.measured == pytest.approx(decision.goal, rel=0.03)
 
 
+def test_where_nothing_was_cut_and_the_clock_disagrees_it_is_cut_after_all() -> None:
+    bench = workbench(BERT, count=8, importance="magnitude", compensation="none")
+    start = dense_student(bench.anatomy, bench.sites)
+    table = linear_table(bench.sites)
+    real = table.scaled(1.05)
+    found = anchor.reach(
+        bench,
+        table,
+        table.full,
+        start,
+        first=None,
+        shape=None,
+        error=None,
+        measure=lambda student: real.predict(student.counts),
+        note=lambda *step: None,
+    )
+    assert found is not None
+    assert 0.9 * table.full < found.measured <= table.full * 1.02
+    assert found.table.predict(found.student.counts) == pytest.approx(found.predicted)
+
+
+@pytest.mark.parametrize(("passes", "used"), [("heads,ffn", 0.98), ("heads,ffn,int8", 0.7)])
+def test_bytes_are_those_of_the_file(passes: str, used: float, tmp_path: Path) -> None:
+    chosen = settings(passes, target_size="60%", importance="magnitude", compensation="none", rounds=1)
+    decision = search(load(zoo.path(BERT)), calibration(BERT), chosen)
+    written = execute(decision.study.anatomy, decision.plan).save(tmp_path / "small.onnx")
+    assert decision.goal is not None
+    assert written.stat().st_size == pytest.approx(decision.measured, rel=0.015), "short of room for a stamp"
+    assert used * decision.goal <= decision.measured <= decision.goal
+
+
+@pytest.mark.parametrize("over", [1.0, 1.004, 1.02])
+def test_down_to_the_floor_there_is_a_choice_where_sites_share_a_product(over: float) -> None:
+    """Of heads and of directions inside them: the cost of each is bounded as if the other stayed whole."""
+    premises = prepare(
+        understand(load(zoo.path(VIT)), settings("heads,ffn,qk,vo")), calibration(VIT), settings("heads,ffn,qk,vo", target_macs="60%"), None
+    )
+    table = premises.meter.tables(Shipping(premises.study.anatomy, (), premises.calibration, premises.settings.runtime))[0].floats
+    rng = np.random.default_rng(0)
+    scores = Scores({site.name: rng.exponential(size=site.units) for site in premises.bench.sites})
+    kept = choose(premises.bench, premises.dense, scores, table, over * table.floor)
+    assert kept is not None
+    assert table.predict({site: len(units) for site, units in kept.items()}) <= over * table.floor * (1 + 1e-9)
+
+
 def test_a_latency_that_fits_is_not_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clockwork(monkeypatch)
 
@@ -450,8 +498,8 @@ def test_the_guard_takes_the_better_worst_class_and_changes_nothing_on_a_tie(
     values = iter(worst)
     with monkeypatch.context() as judged:
         judged.setattr(Premises, "judge", lambda *args: SimpleNamespace(worst_class=WorstClass(0, next(values), 9)))
-        decision = search(load(zoo.path(VIT)), calibration(VIT), settings(**options, protect_classes=True))
-    alone = search(load(zoo.path(VIT)), calibration(VIT), settings(**{**options, "importance": chosen}))
+        decision = search(load(zoo.path(VIT)), calibration(VIT, 96), settings(**options, protect_classes=True))
+    alone = search(load(zoo.path(VIT)), calibration(VIT, 96), settings(**{**options, "importance": chosen}))
     assert decision.plan.kept == alone.plan.kept
 
 
@@ -462,3 +510,8 @@ def test_classes_are_protected_only_where_there_are_some() -> None:
         settings(protect_classes=True)
     with pytest.raises(InputError, match="no pass that removes units runs"):
         search(load(zoo.path(VIT)), calibration(VIT), settings("int8", target_size="50%", protect_classes=True))
+    with pytest.raises(InputError, match="of 1 rows that judge no class has five"):
+        prepare(study_of(VIT), calibration(VIT, 8), settings(target_macs="60%", protect_classes=True), None)
+    premises = prepare(study_of(VIT), calibration(VIT, 96), settings(target_macs="60%", protect_classes=True), None)
+    with pytest.raises(InputError, match="this node: why; --protect-classes needs gradients"):
+        premises.without_gradients(NoGradient("this node: why"))

@@ -216,17 +216,21 @@ def test_the_class_row_weighs_a_share_of_the_real_rows(monkeypatch: pytest.Monke
         return model, {}, ()
 
     monkeypatch.setattr(rounds, "refit", refit)
+    bench_of_images: Any = None
     for name in (BERT, VIT, GPT2):
         bench = workbench(name, count=8)
         cut(bench, {"layer.0.heads": np.arange(2)})
+        bench_of_images = bench if name == VIT else bench_of_images
         if name == GPT2:
             assert taken[-1] is None, "every token is read, so all rows weigh alike"
             continue
         batch = bench.batches[0]
         real = np.ones((8, 17), bool) if batch.token_mask is None else batch.token_mask
-        weight = taken[-1](batch).reshape(real.shape)
+        weight = taken[-1](batch, (*real.shape, 32)).reshape(real.shape)
         np.testing.assert_allclose(weight[:, 0], CLASS_ROW_SHARE * real.sum(axis=1), rtol=1e-6)
         assert (weight[:, 1:] == 1).all()
+    longer = taken[1](bench_of_images.batches[0], (8, 23, 32))
+    assert longer.shape == (8 * 23,), "an image may be larger than the one that shapes were taken from"
 
 
 def test_nothing_is_fitted_to_a_model_that_lost_nothing() -> None:
