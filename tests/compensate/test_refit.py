@@ -241,7 +241,7 @@ def test_row_weights_shift_the_fit_to_the_rows_they_favour() -> None:
     for batch in batches:
         batch.feeds["x"][:, 1:] += 2.0  # the first token lives elsewhere
 
-    def first_only(batch: Batch) -> np.ndarray:
+    def first_only(batch: Batch, read: tuple[int, ...]) -> np.ndarray:
         weight = np.full((len(batch), 6), 1e-3, np.float32)
         weight[:, 0] = 1
         return weight.reshape(-1)
