@@ -42,13 +42,12 @@ BASELINES: dict[str, dict[str, Any]] = {
     "magnitude, layers alike, re-fit": {"importance": "magnitude", "uniform": True},
     "Fisher at once, a scale per unit": {"importance": "fisher", "rounds": 1, "compensation": "scale"},
     "Fisher at once, re-fit": {"importance": "fisher", "rounds": 1},
-    "Fisher in four rounds, re-fit": {"importance": "fisher", "rounds": 4},
     "OBS error of the layer alone, re-fit": {"importance": "obs", "rounds": 1},
 }
 """What others do, by the parts of this project: the second is the method of Kwon et al. (2022) without its rearrangement."""
 
 RECIPES = VARIANTS | BASELINES
-COMPARED = ("default", "with qk and vo", *BASELINES)
+COMPARED = ("default", "with qk and vo", "importance fisher", *BASELINES)
 
 
 def run(chosen: Task, macs: str, options: dict[str, Any]) -> dict[str, float]:
