@@ -58,8 +58,8 @@ def _tuned_knapsack(bench: Workbench, scores: Scores, table: CostTable, budget: 
     best = _by_knapsack(bench, scores, table, budget - table.fixed, spare)
     if best is None and table.pairs:
         # Curves bound the truth from above: near the least that can stay, only those that are true there fit.
-        table = table.tuned({name: int(np.argmin(curve)) for name, curve in table.curves.items()})
-        best = _by_knapsack(bench, scores, table, budget - table.fixed, spare)
+        least = table.tuned({name: int(np.argmin(curve)) for name, curve in table.curves.items()})
+        best = _by_knapsack(bench, scores, least, budget - least.fixed, spare)
     for _ in range(_TUNINGS if table.pairs and best is not None else 0):
         assert best is not None
         tuned = table.tuned({name: len(keep) for name, keep in best.items()})

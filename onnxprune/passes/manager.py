@@ -151,6 +151,6 @@ def _polished(premises: Premises, outcome: Outcome) -> tuple[Outcome, Polished |
     else:
         found = polish(premises.bench, student, study_.whole, premises.calibration, premises.yardstick, hinted=not study_.narrower)
     if isinstance(found, Refusal):
-        return replace(outcome, refusals=(*outcome.refusals, study_.refused(found, others=True))), None
+        return replace(outcome, refusals=(*outcome.refusals, found)), None
     student, polished = found
     return replace(outcome, reached=replace(outcome.reached, student=student)), polished

@@ -57,9 +57,8 @@ def decide_depth(study_: Study, data: CalibrationData, settings: Settings, progr
     models = around.models()
     others = bool(study_.sites or study_.integers or study_.tokens)
     if isinstance(models, Refusal):
-        if not (others or study_.rewrites or study_.smaller):
-            raise NothingPrunable(str(models))
-        return decide(replace(study_, refusals=(*study_.refusals, models)), data, settings, progress)
+        refusals = (*study_.refusals, study_.refused(models, others=others))
+        return decide(replace(study_, refusals=refusals), data, settings, progress)
     if settings.target.auto:
         return around.down(models)
     return around.better_of_two(models) if others else around.deep_enough(models)

@@ -28,6 +28,7 @@ from onnxprune.verification import Yardstick
 _JUDGED = 128
 _SENSITIVITY_ROWS = 64
 _FORMS = 2
+"""Students whose int8 forms are kept: each holds the student's weights."""
 
 
 @dataclass(frozen=True, eq=False)

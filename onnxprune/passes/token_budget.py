@@ -60,8 +60,7 @@ def search_beside_tokens(premises: Premises, aim: Aim, search: Callable[[Premise
         reason = f"all tokens serve this target best: the {tried - 1} of {count} schedules that promise most lose more or miss the goal"
         if aim.goal is None:
             reason = f"any of {count} schedules loses more than half of --max-drop"
-        refusal = premises.study.refused(Refusal("OP707", "tokens", reason), others=True)
-        outcome = replace(outcome, refusals=(*outcome.refusals, refusal))
+        outcome = replace(outcome, refusals=(*outcome.refusals, Refusal("OP707", "tokens", reason)))
     return outcome
 
 

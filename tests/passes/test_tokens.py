@@ -70,7 +70,6 @@ class Rivals:
         whole.with_tokens = lambda plan: SimpleNamespace(**{**vars(whole), "taken": plans[plan]})
         tables = SimpleNamespace(scaled=lambda factor: None)
         premises: Any = SimpleNamespace(
-            study=SimpleNamespace(refused=lambda refusal, others: refusal),
             meter=SimpleNamespace(tables=lambda shipping: (tables, 1.0)),
             yardstick=lambda lost: lost,
         )
